@@ -1,0 +1,122 @@
+"""The Python interface: the same functions that the command line calls.
+
+import agentdistill as ad
+
+outcome = ad.distill("recipe.yaml", overrides=["seed=1"])
+episodes = ad.collect(env="agentdistill/Sokoban-v0", policy="expert", episodes=100)
+result = ad.evaluate("recipe.yaml", policy="distilled", mode="greedy")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agentdistill.callbacks import Callback
+from agentdistill.config import CollectStage, RunConfig, TrainStage, load
+from agentdistill.errors import ConfigError
+from agentdistill.evaluate import Result
+from agentdistill.recipe import Outcome, execute
+from agentdistill.records import Trajectory
+
+Source = str | Path | Mapping[str, Any] | RunConfig
+
+
+def distill(
+    config: Source, overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()
+) -> Outcome:
+    """Run every stage of ``config`` and its evaluation; repeat the call to resume.
+
+    Args:
+        config: YAML file, mapping or RunConfig.
+        overrides: ``key.path=value`` strings.
+        callbacks: are told of the progress.
+    """
+    return execute(load(config, overrides), callbacks)
+
+
+def train(
+    config: Source,
+    stage: str,
+    overrides: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
+) -> Outcome:
+    """Run one stage of ``config`` and the stages that it needs, without the evaluation."""
+    loaded = load(config, overrides)
+    if not isinstance(loaded.stage(stage), (TrainStage, CollectStage)):
+        raise ConfigError("is not a stage", key="stage", value=stage)
+    return execute(loaded, callbacks, only=[stage])
+
+
+def collect(
+    env: str = "agentdistill/Sokoban-v0",
+    policy: str = "expert",
+    episodes: int = 100,
+    *,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    split: str = "train",
+    only_success: bool = True,
+    output: str = "runs",
+    name: str = "collect",
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> list[Trajectory]:
+    """Play ``episodes`` episodes, keep them in ``output/name``, and return them.
+
+    Args:
+        env: environment id.
+        policy: ``expert``, ``random``, or a model of ``settings["models"]``.
+        episodes: how many to keep.
+        options: the environment's own keyword arguments.
+        seed: of the run.
+        split: where tasks come from.
+        only_success: keep successful episodes only.
+        output: folder of runs.
+        name: folder of this run.
+        callbacks: are told of the progress.
+        settings: any other key of the configuration.
+    """
+    stage = {
+        "do": "collect",
+        "name": "episodes",
+        "policy": policy,
+        "episodes": episodes,
+        "split": split,
+        "only_success": only_success,
+        "avoid_held_out": split == "train",
+        "batch": min(64, episodes),
+    }
+    config = load(
+        {
+            **settings,
+            "name": name,
+            "output": output,
+            "seed": seed,
+            "env": {"id": env, "options": dict(options or {})},
+            "stages": [stage],
+        }
+    )
+    execute(config, callbacks, only=["episodes"])
+    from agentdistill.run import Run
+
+    return Run(config).episodes("episodes")
+
+
+def evaluate(
+    config: Source,
+    policy: str,
+    mode: str = "sampled",
+    overrides: Sequence[str] = (),
+) -> Result:
+    """Let one policy of ``config`` (a stage, model, ``expert`` or ``random``) play the panel."""
+    from agentdistill.evaluate import evaluate as play
+    from agentdistill.evaluate import modes
+    from agentdistill.recipe import validate
+
+    loaded = load(config, overrides)
+    section = loaded.evaluate.model_copy(update={"policies": [policy]})
+    the_run = validate(loaded.model_copy(update={"evaluate": section}))
+    known = modes(policy, section)
+    return play(the_run, policy, known[0] if known == ["-"] else mode, section)

@@ -1,0 +1,112 @@
+"""Plays episodes and keeps them: demonstrations for training, guides for curricula.
+
+Invariants: batches are committed one by one, and a repeated command goes on after the last one;
+with ``avoid_held_out`` no kept episode passes through the start of a held-out task, so that what is
+evaluated was not demonstrated.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from agentdistill.callbacks import Callback
+from agentdistill.config import CollectStage
+from agentdistill.errors import ConfigError
+from agentdistill.files import write_text
+from agentdistill.metrics import of_trajectories
+from agentdistill.policy import ModelPolicy, derive_seed
+from agentdistill.records import Trajectory
+from agentdistill.rollout import Request, rollout, run
+from agentdistill.run import Run
+from agentdistill.store import Store
+from agentdistill.tasks import TaskStream
+
+
+def collect(the_run: Run, stage: CollectStage, callback: Callback) -> dict[str, Any]:
+    """Run a collect stage to its end; return its summary."""
+    began = time.monotonic()
+    folder = the_run.folder(stage.name)
+    seed = derive_seed(the_run.config.seed, "stage", stage.name)
+    policy = the_run.policy(stage.policy, stage.sampling)
+    tasks = TaskStream.of_split(the_run.make_env(), stage.split, seed)
+    with Store(folder) as store:
+        done = store.commits(stage.name)
+        kept = sum(commit.info["kept"] for commit in done)
+        played = sum(commit.info["played"] for commit in done)
+        tasks.load_state_dict({"taken": played})
+        callback.on_stage_start(stage, folder, len(done))
+        n = len(done)
+        while kept < stage.episodes:
+            requests = [
+                Request(
+                    task,
+                    derive_seed(seed, n, task.key, number),
+                    f"{stage.name}/{n}/{number}",
+                    provenance=_provenance(the_run, stage, policy, n),
+                )
+                for number, task in enumerate(tasks.take(stage.batch))
+            ]
+            config = the_run.config
+            trajectories = run(
+                rollout(
+                    policy,
+                    the_run.make_env,
+                    requests,
+                    concurrency=config.concurrency,
+                    max_turns=config.env.max_turns,
+                    limits=config.limits,
+                )
+            )
+            chosen = [t for t in trajectories if keep(the_run, stage, t)]
+            chosen = chosen[: stage.episodes - kept]
+            kept, played = kept + len(chosen), played + len(trajectories)
+            shard = store.write(stage.name, n, chosen)
+            info = {"kept": len(chosen), "played": len(trajectories)}
+            store.commit(stage.name, n, [shard], info)
+            metrics = {**of_trajectories(trajectories), "kept": kept, "played": played}
+            callback.on_iteration(stage, n, metrics, min(1.0, kept / stage.episodes))
+            n += 1
+            if played > 1000 and kept < played / 1000:
+                raise ConfigError(
+                    f"{played} episodes played and {kept} kept; check only_success, "
+                    "avoid_held_out and the policy",
+                    key=f"stages.{stage.name}.episodes",
+                    value=stage.episodes,
+                )
+    summary = {
+        "stage": stage.name,
+        "policy": stage.policy,
+        "episodes": kept,
+        "played": played,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    write_text(folder / "done.json", json.dumps(summary))
+    callback.on_stage_end(stage, summary)
+    return summary
+
+
+def keep(the_run: Run, stage: CollectStage, trajectory: Trajectory) -> bool:
+    """Whether an episode is kept: no fault, successful if asked for, clear of held-out tasks."""
+    if trajectory.faults or (stage.only_success and not trajectory.success):
+        return False
+    if not stage.avoid_held_out:
+        return True
+    seen = (turn.observation for turn in trajectory.turns)
+    return not any(the_run.env.held_out(observation) for observation in seen)
+
+
+def _provenance(the_run: Run, stage: CollectStage, policy: Any, n: int) -> dict[str, Any]:
+    facts = {
+        "run": the_run.config.name,
+        "stage": stage.name,
+        "iteration": n,
+        "policy": stage.policy,
+        "seed": the_run.config.seed,
+        "env": the_run.env.card.to_json(),
+        "instruction": the_run.env.instruction,
+    }
+    if isinstance(policy, ModelPolicy):
+        facts["renderer"] = policy.renderer.fingerprint
+    return facts

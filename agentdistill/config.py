@@ -1,0 +1,481 @@
+"""The one configuration object: everything a run does, checked before it starts.
+
+Invariants: the YAML file, dotted overrides and Python keywords build the same
+:class:`RunConfig`; unknown keys are refused with the nearest known one; combinations that cannot
+work are refused here, by name, before any work (:func:`agentdistill.methods.check` adds what the
+methods know). No torch here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from agentdistill.errors import ConfigError
+from agentdistill.records import digest
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, and defaults that are checked too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class EnvConfig(Section):
+    """Which environment."""
+
+    id: str = "agentdistill/Sokoban-v0"
+    """Versioned id, or ``module:Class`` of any TextEnv."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of its constructor."""
+    max_turns: int | None = Field(None, ge=1)
+    """Responses per episode; None leaves it to the environment's step limit."""
+
+
+class PromptConfig(Section):
+    """How an episode is shown to a model; presets are in :data:`PROMPTS`."""
+
+    grammar: Literal["plain", "action", "answer"] = "plain"
+    """How a response is read."""
+    instruction: str = "env"
+    """System text; ``env`` takes the environment's own, "" none."""
+    observation: str = "{observation}"
+    """Text of one user message."""
+    window: int | None = Field(None, ge=0)
+    """Earlier turns that stay in the prompt; None keeps all."""
+    drop_reasoning: bool = False
+    """Whether the reasoning of earlier turns is deleted from the prompt."""
+
+
+PROMPTS: dict[str, PromptConfig] = {
+    "chat": PromptConfig(),
+    "bare": PromptConfig(instruction=""),
+    "window": PromptConfig(window=2),
+    "react": PromptConfig(grammar="action"),
+    "react-drop": PromptConfig(grammar="action", drop_reasoning=True),
+    "ragen": PromptConfig(grammar="answer"),
+}
+"""Presets by name: full history, no instruction, the last two turns, thought and action tags, the
+same with earlier thoughts dropped, several actions a turn."""
+
+
+class SamplingConfig(Section):
+    """How a model draws its responses."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_tokens: int = Field(64, ge=1)
+
+
+class TokenizerConfig(Section):
+    """The tokenizer that a ``tiny`` model trains for itself."""
+
+    vocabulary: int = Field(1024, ge=300)
+    """At most so many tokens."""
+    episodes: int = Field(400, ge=1)
+    """Random and expert episodes that make up its corpus."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (peft)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = "all-linear"
+
+
+class TinyModel(Section):
+    """A Qwen3 architecture from scratch, with a tokenizer trained on the environment's texts."""
+
+    kind: Literal["tiny"] = "tiny"
+    hidden: int = Field(64, ge=8)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(2, ge=1)
+    feed_forward: int | None = None
+    """None takes three times ``hidden``."""
+    init_std: float = Field(0.05, gt=0)
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TinyModel:
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            raise ValueError("hidden / heads must be an even whole number")
+        return self
+
+
+class LocalModel(Section):
+    """Any transformers causal LM, by folder or hub id."""
+
+    kind: Literal["local"] = "local"
+    path: str
+    """Folder or hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """``auto``: the first GPU, else the CPU."""
+    attention: str | None = None
+    """Attention implementation of transformers, such as ``flash_attention_2``."""
+    lora: LoraConfig | None = None
+    """None trains all weights."""
+    revision: str | None = None
+
+
+def _tag(key: str, default: str) -> Discriminator:
+    """Which member of a union a mapping is meant to be: its ``key``, else ``default``."""
+
+    def read(value: Any) -> Any:
+        return value.get(key, default) if isinstance(value, Mapping) else getattr(value, key, None)
+
+    return Discriminator(read)
+
+
+ModelConfig = Annotated[
+    Annotated[TinyModel, Tag("tiny")] | Annotated[LocalModel, Tag("local")], _tag("kind", "tiny")
+]
+
+
+StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+
+
+class CollectStage(Section):
+    """Play episodes and keep them."""
+
+    do: Literal["collect"] = "collect"
+    name: StageName
+    policy: str = "expert"
+    """``expert``, ``random``, a model's name, or the name of an earlier train stage."""
+    episodes: int = Field(100, ge=1)
+    """Episodes kept."""
+    split: str = "train"
+    only_success: bool = True
+    avoid_held_out: bool = True
+    """Drop episodes that pass through a start state of a held-out task."""
+    batch: int = Field(64, ge=1)
+    """Episodes played at once; also one commit."""
+    sampling: SamplingConfig | None = None
+
+
+class TrainStage(Section):
+    """Train one model by one method."""
+
+    do: Literal["train"] = "train"
+    name: StageName
+    model: str = "student"
+    """Key of ``models``."""
+    init: str | None = None
+    """Earlier train stage whose weights it starts from; None starts from the model itself."""
+    method: str = "opd"
+    """Name of a method (``agentdistill methods``)."""
+    axes: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of the method's axes."""
+    teacher: str | None = None
+    """Train stage or model that teaches; None where the method needs none."""
+    data: str | None = None
+    """Collect stage to learn from, for methods whose actor is ``data``."""
+    guide: str | None = None
+    """Collect stage with the demonstrations that a backward curriculum replays."""
+    limit: int | None = Field(None, ge=1)
+    """Use only so many episodes of ``data``."""
+    iterations: int | None = Field(None, ge=1)
+    env_steps: int | None = Field(None, ge=1)
+    """Stop after so many environment steps; with ``iterations``, whichever comes first."""
+    tasks: int = Field(16, ge=1)
+    """Tasks per iteration."""
+    samples: int = Field(1, ge=1)
+    """Episodes per task (the group of GRPO)."""
+    split: str = "train"
+    updates: int = Field(1, ge=1)
+    """Optimiser steps per iteration."""
+    lr: float = Field(1e-3, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """Share of the run over which the learning rate rises."""
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = Field(1.0, gt=0)
+    micro_tokens: int = Field(16384, ge=64)
+    """Tokens per forward pass; changes memory, not results."""
+    max_length: int | None = Field(None, ge=8)
+    """Views longer than this are dropped and counted; None takes the model's context."""
+    checkpoint_every: int = Field(25, ge=1)
+    """Iterations between checkpoints."""
+    evaluate_every: int | None = Field(None, ge=1)
+    """Iterations between evaluations on the tune split; None never."""
+    sampling: SamplingConfig | None = None
+    """None takes the run's."""
+    max_fault_rate: float = Field(0.2, ge=0, le=1)
+    """Stop when more episodes than this share of an iteration ended in a fault."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> TrainStage:
+        if self.iterations is None and self.env_steps is None:
+            raise ValueError("give iterations, env_steps, or both")
+        return self
+
+
+StageConfig = Annotated[
+    Annotated[CollectStage, Tag("collect")] | Annotated[TrainStage, Tag("train")],
+    _tag("do", "train"),
+]
+
+
+class EvaluateConfig(Section):
+    """The panel that everybody plays."""
+
+    policies: list[str] = Field(default_factory=list)
+    """``expert``, ``random``, models and train stages, in the order of the table."""
+    split: str = "report"
+    tasks: int = Field(200, ge=1)
+    """Distinct tasks; fewer in the split is an error."""
+    samples: int = Field(1, ge=1)
+    """Sampled episodes per task (greedy plays once)."""
+    modes: list[Literal["sampled", "greedy"]] = ["sampled", "greedy"]
+    seed: int = 0
+    """Of the panel; not the run's seed, so that runs share a panel."""
+    concurrency: int = Field(256, ge=1)
+
+
+class LimitsConfig(Section):
+    """Hard limits of one episode; reaching one ends it with ``budget``."""
+
+    env_steps: int | None = Field(None, ge=1)
+    tokens: int | None = Field(None, ge=1)
+    seconds: float | None = Field(None, gt=0)
+
+
+def _one_tiny_model() -> dict[str, ModelConfig]:
+    return {"student": TinyModel()}
+
+
+class RunConfig(Section):
+    """A whole run: environment, models, stages, evaluation."""
+
+    name: str = "run"
+    seed: int = 0
+    output: str = "runs"
+    """Folder of all runs; this one goes to ``output/name``."""
+    env: EnvConfig = EnvConfig()
+    prompt: PromptConfig = PROMPTS["chat"]
+    """A preset by name, or its fields; ``preset`` plus fields overrides single ones."""
+    sampling: SamplingConfig = SamplingConfig()
+    models: dict[str, ModelConfig] = Field(default_factory=_one_tiny_model)
+    stages: list[StageConfig] = Field(default_factory=list)
+    evaluate: EvaluateConfig = EvaluateConfig()
+    limits: LimitsConfig = LimitsConfig()
+    concurrency: int = Field(256, ge=1)
+    """Episodes played at once while training."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of torch; more than one rarely helps small models."""
+    workers: int = Field(1, ge=1)
+    """Processes for stages that do not depend on each other."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_prompt(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "prompt" in values:
+            values = {**values, "prompt": prompt(values["prompt"])}
+        return values
+
+    @model_validator(mode="after")
+    def _references(self) -> RunConfig:
+        seen: dict[str, str] = {name: "model" for name in self.models}
+        for stage in self.stages:
+            if stage.name in seen or stage.name in ("expert", "random"):
+                raise ValueError(f"stage name {stage.name!r} is taken")
+            for key, kinds in _REFERENCES.items():
+                value = getattr(stage, key, None)
+                if value is not None:
+                    _known(f"stages.{stage.name}.{key}", value, seen, kinds)
+            seen[stage.name] = stage.do
+        for policy in self.evaluate.policies:
+            _known("evaluate.policies", policy, seen, ("model", "train", "built-in"))
+        return self
+
+    @property
+    def path(self) -> Path:
+        """Folder of this run."""
+        return Path(self.output) / self.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of what the run computes (not of where it is written)."""
+        return digest(self.model_dump(mode="json", exclude={"output", "name", "workers"}))
+
+    def stage(self, name: str) -> StageConfig:
+        """The stage called ``name``."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        known = ", ".join(stage.name for stage in self.stages) or "none"
+        raise ConfigError(f"no such stage; known: {known}", key="stage", value=name)
+
+
+_REFERENCES: dict[str, tuple[str, ...]] = {
+    "policy": ("model", "train", "built-in"),
+    "model": ("model",),
+    "init": ("train",),
+    "teacher": ("model", "train"),
+    "data": ("collect",),
+    "guide": ("collect",),
+}
+
+
+def _known(key: str, value: str, seen: Mapping[str, str], kinds: tuple[str, ...]) -> None:
+    if "built-in" in kinds and value in ("expert", "random"):
+        return
+    if seen.get(value) in kinds:
+        return
+    known = [name for name, kind in seen.items() if kind in kinds]
+    known += ["expert", "random"] if "built-in" in kinds else []
+    raise ValueError(
+        f"{key}={value!r} names nothing before it; known: {', '.join(known) or 'none'}"
+    )
+
+
+def prompt(value: Any) -> Any:
+    """A prompt section from a preset's name, or from ``{preset: name, field: …}``."""
+    if isinstance(value, str):
+        value = {"preset": value}
+    if not isinstance(value, Mapping) or "preset" not in value:
+        return value
+    fields = dict(value)
+    name = fields.pop("preset")
+    if name not in PROMPTS:
+        known = ", ".join(PROMPTS)
+        raise ConfigError(f"unknown preset; known: {known}", key="prompt", value=name)
+    return {**PROMPTS[name].model_dump(), **fields}
+
+
+def load(
+    source: str | Path | Mapping[str, Any] | RunConfig | None = None,
+    overrides: Sequence[str] = (),
+) -> RunConfig:
+    """Build the configuration from a YAML file or a mapping, plus ``key.path=value`` overrides.
+
+    Stages are addressed by name: ``stages.distil.lr=1e-3``.
+
+    Raises:
+        ConfigError: with one line that names the key, the value and the remedy.
+    """
+    if isinstance(source, RunConfig):
+        source = source.model_dump()
+    values = _read(source) if isinstance(source, (str, Path)) else dict(source or {})
+    for override in overrides:
+        _override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        remedy = f"cannot be read ({error.strerror}); give the path of a YAML file"
+        raise ConfigError(remedy, key="config", value=str(path)) from None
+    try:
+        values = yaml.load(text, Loader=_Yaml)
+    except yaml.YAMLError as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(f"is not YAML: {line}", key="config", value=str(path)) from None
+    if not isinstance(values, dict):
+        raise ConfigError("must hold keys and values", key="config", value=str(path))
+    return values
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML in which ``1e-3`` is a number (YAML 1.1 wants ``1.0e-3``)."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ConfigError("write key.path=value", key="override", value=override)
+    *parents, last = path.split(".")
+    node: Any = values
+    for part in parents:
+        node = _child(node, part, path)
+    value = yaml.load(text, Loader=_Yaml)
+    if isinstance(node, list):
+        raise ConfigError("needs a key below the stage", key=path, value=value)
+    node[last] = value
+
+
+def _child(node: Any, part: str, path: str) -> Any:
+    if isinstance(node, list):
+        for item in node:
+            if isinstance(item, dict) and item.get("name") == part:
+                return item
+        known = ", ".join(str(item.get("name")) for item in node if isinstance(item, dict))
+        raise ConfigError(f"no stage of this name; known: {known}", key=path, value=part)
+    child = node.get(part)
+    if isinstance(child, str) and part == "prompt":
+        child = {"preset": child}
+    if child is None:
+        child = {}
+    if not isinstance(child, (dict, list)):
+        raise ConfigError(f"{part} is a value, not a section", key=path, value=child)
+    node[part] = child
+    return child
+
+
+_UNIONS: dict[str, type[Section]] = {
+    "tiny": TinyModel,
+    "local": LocalModel,
+    "collect": CollectStage,
+    "train": TrainStage,
+}
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    """The first error of pydantic's list as one line of ours."""
+    first = error.errors()[0]
+    where = [part for part in first["loc"] if not (isinstance(part, str) and part in _UNIONS)]
+    key = ".".join(str(part) for part in where) or "config"
+    value = first.get("input")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"])
+        near = difflib.get_close_matches(str(where[-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        return ConfigError(f"unknown key; {hint}", key=key, value=value)
+    if isinstance(value, (dict, Section)):
+        return ConfigError(message if key == "config" else f"{key}: {message}")
+    return ConfigError(message, key=key, value=value)
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """Known keys of the section that holds the key at ``location``."""
+    section: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        name = str(part)
+        field = section.model_fields.get(name)
+        if name in _UNIONS:
+            section = _UNIONS[name]
+        elif field is not None and isinstance(field.annotation, type):
+            section = field.annotation if issubclass(field.annotation, BaseModel) else section
+    return list(section.model_fields)

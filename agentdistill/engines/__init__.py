@@ -1,0 +1,1 @@
+"""Engines: what runs weights or calls a provider, once for every role."""

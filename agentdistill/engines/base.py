@@ -1,0 +1,136 @@
+"""What runs weights or calls a provider: one interface for every role.
+
+Teacher, student, analyser and judge are roles on engines, not classes of model. Requests are
+single; an engine gathers those that wait as it sees fit, and nothing above knows how. Nothing
+degrades silently: what an engine cannot do raises
+:class:`~agentdistill.errors.EngineError`, and :class:`Capabilities` says so beforehand.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from agentdistill.records import FloatArray, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to draw a response.
+
+    Attributes:
+        temperature: 0 is greedy (ties go to the lowest id).
+        top_p: nucleus; 1 keeps everything.
+        top_k: 0 keeps everything.
+        max_tokens: at most this many new tokens.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response.
+
+    Attributes:
+        ids: the sampled ids, the end-of-turn id included when it was sampled.
+        logp: natural log-probability of each id [len(ids)] under the temperature-scaled
+            distribution before top-p and top-k (greedy: at temperature 1).
+        text: decoded without special tokens.
+        stop: ``stop`` (end of turn) or ``length``.
+        version: version of the weights that drew it.
+        usage: tokens spent; ``cache_read`` are prompt tokens that were not computed again.
+    """
+
+    ids: tuple[int, ...]
+    logp: tuple[float, ...]
+    text: str
+    stop: str
+    version: int = 0
+    usage: Usage = Usage()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Token ids of one sequence and the positions whose tokens are in question.
+
+    ``positions[j]`` is scored given ``ids[:positions[j]]``; positions are >= 1 and increasing.
+    """
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probability of the token at each position [N], natural log, temperature 1."""
+
+    logp: FloatArray
+    entropy: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can give; probed at start, never assumed.
+
+    Attributes:
+        ids: takes and returns token ids.
+        sampled: log-probabilities of given ids.
+        top_k: number of alternatives with log-probabilities, 0 for none.
+        full: whole distributions (in process: hidden states and the head).
+        train: its weights are in this process and can be trained.
+        notes: what a user should know, such as why something is off.
+    """
+
+    ids: bool = False
+    sampled: bool = False
+    top_k: int = 0
+    full: bool = False
+    train: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+
+class Engine(ABC):
+    """Runs one set of weights."""
+
+    name: str
+    version: int = 0
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this engine can give."""
+
+    @abstractmethod
+    async def generate(
+        self, ids: Sequence[int], sampling: Sampling, *, seed: int = 0, session: str | None = None
+    ) -> Sample:
+        """Draw one response to the prompt ``ids``.
+
+        The same ids, sampling, seed and weights give the same response, whatever else is in the
+        batch (up to floating-point differences between batch shapes).
+
+        Args:
+            ids: the prompt.
+            sampling: how to draw.
+            seed: of this response's random numbers.
+            session: requests of one session usually extend each other; a hint for KV reuse.
+        """
+
+    @abstractmethod
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
+        """Log-probabilities of given tokens, one result per request, in order."""
+
+    def release(self, session: str) -> None:  # noqa: B027  (optional)
+        """Forget what is kept for ``session``."""
+
+    def publish(self, version: int) -> None:
+        """The weights changed: drop whatever was computed with the old ones."""
+        self.version = version
+
+    async def close(self) -> None:  # noqa: B027  (optional)
+        """Free what is held."""

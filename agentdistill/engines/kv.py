@@ -1,0 +1,400 @@
+"""Keys and values that stay between turns, one slot per session.
+
+Invariants
+----------
+* ``Slot.ids`` are exactly the tokens whose keys and values lie at the slot's positions 0, 1, 2, …
+  Nothing else is ever written: padding leaves no dead tokens behind.
+* Key j is visible to a query at position p if and only if j <= p: stale numbers beyond a slot's
+  end are never read, but they must be finite, so buffers start as zeros and :meth:`SlotKV.clear`
+  throws them away.
+* Slots in use are kept next to each other, so that a batch is usually a view of the buffers. Rows
+  of such a view that are not in the batch compute something that nobody reads or writes.
+* What cannot be kept correctly (sliding windows, recurrent layers, unknown models) is computed
+  again from the prompt: :func:`open_kv` decides, and says why.
+
+Buffers are laid out [slots, capacity, kv_heads, head_dim] per layer: a token is one contiguous row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from agentdistill.engines.forward import Indices, dense_attention, fill, length_groups, within
+
+FIRST_SLOTS, FIRST_CAPACITY = 8, 64
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A place in the cache: ``ids`` whose keys and values it has, in buffer row ``index``."""
+
+    index: int
+    ids: list[int] = field(default_factory=list)
+
+
+class KV(ABC):
+    """Context of running sequences: open slots, extend them, close them."""
+
+    @abstractmethod
+    def open(self, sessions: Sequence[str | None], prompts: Sequence[list[int]]) -> list[Slot]:
+        """One slot per prompt; its ``ids`` are a proper prefix of the prompt."""
+
+    @abstractmethod
+    def extend(self, slots: Sequence[Slot], chunks: Sequence[list[int]]) -> Tensor:
+        """Compute ``chunks`` (not empty) after what the slots hold; last hidden states [B, H]."""
+
+    def close(self) -> None:  # noqa: B027  (optional)
+        """The batch is over: give back slots that belong to no session."""
+
+    def release(self, session: str) -> None:  # noqa: B027  (optional)
+        """Forget ``session``."""
+
+    def clear(self) -> None:  # noqa: B027  (optional)
+        """Forget everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Where one forward reads and writes.
+
+    ``rows``: slots of the batch, a view where possible; ``extent``: keys that are read;
+    ``source``: real tokens among the padded ones (None: all are real); ``target``: their places in
+    the flattened buffers.
+    """
+
+    rows: slice | Tensor
+    extent: int
+    source: Tensor | None
+    target: Tensor
+
+
+class _Buffers(Cache):
+    """The tensors of all slots, as the cache object that the model writes to."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.size = (FIRST_SLOTS, FIRST_CAPACITY)
+        self.plan = _Plan(slice(0, 0), 0, None, torch.zeros(0, dtype=torch.int64))
+        self._layers: list[list[Tensor]] = []
+
+    def reserve(self, slots: int, capacity: int) -> None:
+        """Make room, by powers of two; layers follow at their next write."""
+        slots, capacity = (1 << (n - 1).bit_length() for n in (slots, capacity))
+        self.size = (max(self.size[0], slots), max(self.size[1], capacity))
+
+    def drop(self) -> None:
+        """Free the memory; the size stays what it was."""
+        self._layers = []
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` tokens of slot ``source`` to slot ``target``."""
+        for tensor in chain.from_iterable(self._layers):
+            tensor[target, :length] = tensor[source, :length]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new keys and values [B, heads, n, dim]; return all that the batch may look at."""
+        new = [states.transpose(1, 2) for states in (key_states, value_states)]
+        if layer_idx == len(self._layers):
+            self._layers.append([_room(tokens, self.size) for tokens in new])
+        layer = self._layers[layer_idx]
+        for i, tokens in enumerate(new):
+            old = layer[i]
+            if old.shape[:2] != self.size:
+                layer[i] = _room(old, self.size)
+                layer[i][: old.shape[0], : old.shape[1]] = old
+            self._write(layer[i], tokens)
+        return self._read(layer[0]), self._read(layer[1])
+
+    def _write(self, buffer: Tensor, new: Tensor) -> None:
+        tokens = new.flatten(2).flatten(0, 1)
+        if self.plan.source is not None:
+            tokens = tokens.index_select(0, self.plan.source)
+        buffer.flatten(2).flatten(0, 1).index_copy_(0, self.plan.target, tokens)
+
+    def _read(self, buffer: Tensor) -> Tensor:
+        part, rows = buffer[:, : self.plan.extent], self.plan.rows
+        chosen = part[rows] if isinstance(rows, slice) else part.index_select(0, rows)
+        return chosen.transpose(1, 2)
+
+
+class SlotKV(KV):
+    """Slots for models whose layers all attend to everything before.
+
+    Args:
+        decoder: body of the model.
+        device: where it lives.
+        max_slots: at most this many; the session used longest ago makes room.
+        keep: whether sessions keep their slot after a batch.
+        budget: padded tokens of one forward; larger batches take several.
+    """
+
+    def __init__(
+        self, decoder: Any, device: torch.device, *, max_slots: int, keep: bool, budget: int
+    ) -> None:
+        """Start without any slot; buffers come with the first forward."""
+        self._decoder, self._device = decoder, device
+        self._max_slots, self._keep, self._budget = max_slots, keep, budget
+        self._buffers = _Buffers()
+        self._sessions: OrderedDict[str, Slot] = OrderedDict()
+        self._free: list[int] = []
+        self._top = 0
+        self._busy: list[Slot] = []
+
+    def open(self, sessions: Sequence[str | None], prompts: Sequence[list[int]]) -> list[Slot]:
+        """Find or make a slot per prompt and cut it to what it shares with the prompt.
+
+        A second request of a session in the same batch gets a slot of its own, which is not kept.
+        """
+        known: dict[str | None, Slot] = {
+            s: self._sessions[s] for s in sessions if s is not None and s in self._sessions
+        }
+        for session in known:
+            self._sessions.move_to_end(str(session))  # first, so that _new takes none of these
+        for session, prompt in zip(sessions, prompts, strict=True):
+            slot = known.pop(session, None) or self._new(session)
+            del slot.ids[shared(slot.ids, prompt) :]
+            self._busy.append(slot)
+        self._close_gaps()
+        return list(self._busy)
+
+    def _new(self, session: str | None) -> Slot:
+        if not self._free and self._top == self._max_slots:
+            self.release(next(iter(self._sessions)))
+        if self._free:
+            index = heappop(self._free)
+        else:
+            index, self._top = self._top, self._top + 1
+        slot = Slot(index)
+        if self._keep and session is not None and session not in self._sessions:
+            self._sessions[session] = slot
+        return slot
+
+    def _close_gaps(self) -> None:
+        """Move the highest slots into free places below, which keeps batches contiguous."""
+        if not self._free:
+            return
+        used = {slot.index: slot for slot in chain(self._sessions.values(), self._busy)}
+        for index in sorted(used, reverse=True):
+            if not self._free or self._free[0] > index:
+                break
+            target = heappop(self._free)
+            self._buffers.move(index, target, len(used[index].ids))
+            used[index].index = target
+        self._free = []
+        self._top = len(used)
+
+    def close(self) -> None:
+        """Give back the slots of the batch that no session owns."""
+        owned = {slot.index for slot in self._sessions.values()}
+        for slot in self._busy:
+            if slot.index not in owned:
+                heappush(self._free, slot.index)
+        self._busy = []
+
+    def release(self, session: str) -> None:
+        """Forget ``session``; its place is free."""
+        slot = self._sessions.pop(session, None)
+        if slot is not None:
+            heappush(self._free, slot.index)
+
+    def clear(self) -> None:
+        """Forget every session and free the buffers: what they hold belongs to other weights."""
+        self._sessions.clear()
+        self._free, self._top, self._busy = [], 0, []
+        self._buffers.drop()
+
+    def extend(self, slots: Sequence[Slot], chunks: Sequence[list[int]]) -> Tensor:
+        """One forward where lengths are alike; very uneven chunks go in a few, long to short."""
+        counts = np.fromiter(map(len, chunks), np.int64, len(chunks))
+        needed = max(len(slot.ids) + len(chunk) for slot, chunk in zip(slots, chunks, strict=True))
+        self._buffers.reserve(self._top, needed)
+        groups = length_groups(counts, budget=self._budget)
+        with dense_attention(self._decoder.config):
+            parts = [
+                self._forward([slots[i] for i in g], [chunks[i] for i in g], counts[g])
+                for g in groups
+            ]
+        hidden = parts[0]
+        if len(parts) > 1:
+            order = self._tensor(np.argsort(np.concatenate(groups)))
+            hidden = torch.cat(parts).index_select(0, order)
+        for slot, chunk in zip(slots, chunks, strict=True):
+            slot.ids += chunk
+        return hidden
+
+    def _forward(
+        self, slots: Sequence[Slot], chunks: Sequence[list[int]], counts: Indices
+    ) -> Tensor:
+        index = np.fromiter((slot.index for slot in slots), np.int64, len(slots))
+        start = np.fromiter((len(slot.ids) for slot in slots), np.int64, len(slots))
+        rows, place, height = _rows(index)
+        width, extent = int(counts.max()), int((start + counts).max())
+        column = within(counts)
+        row = np.repeat(place, counts)
+        flat = np.fromiter(chain.from_iterable(chunks), np.int64, len(column))
+        starts, last = np.zeros(height, np.int64), np.zeros(height, np.int64)
+        starts[place], last[place] = start, counts - 1
+        # Padding repeats the last real position: models with learned positions have no later ones.
+        positions = starts[:, None] + np.minimum(np.arange(width), last[:, None])
+        self._buffers.plan = _Plan(
+            rows if isinstance(rows, slice) else self._tensor(rows),
+            extent,
+            None if len(flat) == height * width else self._tensor(row * width + column),
+            self._tensor(np.repeat(index * self._buffers.size[1] + start, counts) + column),
+        )
+        where = self._tensor(positions)
+        output = self._decoder(
+            input_ids=self._tensor(fill(row, column, flat, (height, width))),
+            # From an empty context the kernel's own causal mask is the same, and faster.
+            attention_mask=self._mask(where, extent) if start.any() else None,
+            position_ids=where,
+            past_key_values=self._buffers,
+            use_cache=True,
+        )
+        hidden: Tensor = output.last_hidden_state.flatten(0, 1)
+        return hidden[self._tensor(place * width + counts - 1)]
+
+    def _mask(self, positions: Tensor, extent: int) -> Tensor:
+        """[rows, 1, n, extent]: whether key j <= the query's position; eager attention adds it."""
+        visible = torch.arange(extent, device=self._device) <= positions[:, None, :, None]
+        if self._decoder.config._attn_implementation != "eager":
+            return visible
+        dtype = self._decoder.dtype
+        zeros = torch.zeros(visible.shape, dtype=dtype, device=self._device)
+        return zeros.masked_fill_(~visible, torch.finfo(dtype).min)
+
+    def _tensor(self, values: Indices) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
+class RefillKV(KV):
+    """No memory between turns: each batch is computed from its prompts, then decoded as usual.
+
+    For models that :class:`SlotKV` does not know. Prompts are padded on the left, so that the
+    model's own cache can hold whatever its layers need; finished rows stay in the batch.
+    """
+
+    def __init__(self, decoder: Any, device: torch.device) -> None:
+        """Remember the model; there is no other state between batches."""
+        self._decoder, self._device = decoder, device
+        self._cache: Any = None
+        self._mask, self._rows = torch.zeros(0), 0
+
+    def open(self, sessions: Sequence[str | None], prompts: Sequence[list[int]]) -> list[Slot]:
+        """Empty slots, whatever the sessions are."""
+        self._cache, self._rows = None, len(prompts)
+        return [Slot(i) for i in range(len(prompts))]
+
+    def extend(self, slots: Sequence[Slot], chunks: Sequence[list[int]]) -> Tensor:
+        """The whole prompts first, then one token for each row that still runs."""
+        counts = np.fromiter(map(len, chunks), np.int64, len(chunks))
+        width = int(counts.max())
+        row = np.fromiter((slot.index for slot in slots), np.int64, len(slots))
+        place = np.repeat(row, counts), np.repeat(width - counts, counts) + within(counts)
+        flat = np.fromiter(chain.from_iterable(chunks), np.int64, int(counts.sum()))
+        ids = fill(*place, flat, (self._rows, width))
+        if self._cache is None:
+            self._cache = DynamicCache(config=self._decoder.config)
+            real = fill(*place, np.ones_like(flat), ids.shape)
+            self._mask = torch.from_numpy(real).to(self._device)
+            positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
+        else:
+            self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], -1)
+            positions = self._mask.sum(-1, keepdim=True) - 1
+        output = self._decoder(
+            input_ids=torch.from_numpy(ids).to(self._device),
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        for slot, chunk in zip(slots, chunks, strict=True):
+            slot.ids += chunk
+        hidden: Tensor = output.last_hidden_state[torch.from_numpy(row).to(self._device), -1]
+        return hidden
+
+    def close(self) -> None:
+        """Free the batch's cache."""
+        self._cache = None
+
+
+def open_kv(
+    decoder: Any, device: torch.device, *, max_slots: int, keep: bool, budget: int
+) -> tuple[KV, str]:
+    """The cache that fits the model, and why it is not :class:`SlotKV` ("" if it is)."""
+    reason = _obstacle(decoder.config)
+    if not reason:
+        kv = SlotKV(decoder, device, max_slots=max_slots, keep=keep, budget=budget)
+        reason = _probe(decoder, device, kv)
+        if not reason:
+            return kv, ""
+    return RefillKV(decoder, device), f"KV is not kept between turns: {reason}"
+
+
+def _obstacle(config: Any) -> str:
+    """Which layers of the model do not attend to everything before, "" if all do."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        other = sorted(set(kinds) - {"full_attention"})
+        return f"layers of type {', '.join(other)}" if other else ""
+    for name in ("sliding_window", "attention_chunk_size"):
+        if getattr(config, name, None) is not None:
+            return f"{name}={getattr(config, name)}"
+    return ""
+
+
+@torch.no_grad()
+def _probe(decoder: Any, device: torch.device, kv: SlotKV) -> str:
+    """Two ragged turns against plain forwards; what is wrong, "" if nothing."""
+    first, second = [[0, 1, 2, 0, 2], [2, 1]], [[2, 1], [0, 1, 2, 1]]
+    prompts = [a + b for a, b in zip(first, second, strict=True)]
+    try:
+        slots = kv.open([None, None], prompts)
+        kv.extend(slots, first)
+        got = kv.extend(slots, second)
+        kv.clear()
+        plain = [decoder(input_ids=torch.tensor([p], device=device)) for p in prompts]
+    except Exception as error:  # any failure means the same: this model needs the other cache
+        return f"{type(decoder).__name__} does not take it ({type(error).__name__}: {error})"
+    wanted = torch.stack([output.last_hidden_state[0, -1] for output in plain])
+    gap = float((got - wanted).float().norm() / wanted.float().norm())
+    return "" if gap < 0.05 else f"{type(decoder).__name__} answers differently with it ({gap:.2g})"
+
+
+def shared(held: list[int], prompt: list[int]) -> int:
+    """Length of the common prefix, always leaving a token of ``prompt`` to compute."""
+    limit = min(len(held), len(prompt) - 1)
+    if held[:limit] == prompt[:limit]:
+        return limit
+    differ = np.asarray(held[:limit]) != np.asarray(prompt[:limit])
+    return int(differ.argmax())
+
+
+def _rows(index: Indices) -> tuple[slice | Indices, Indices, int]:
+    """Rows of the buffers for slots ``index``, the place of each slot among them, their number.
+
+    A span of which at least half is wanted is read as a view: computing rows that nobody needs
+    costs less than copying keys and values, which takes a read and a write of all of them.
+    """
+    low, height = int(index.min()), int(index.max()) - int(index.min()) + 1
+    if height <= 2 * len(index):
+        return slice(low, low + height), index - low, height
+    return index, np.arange(len(index)), len(index)
+
+
+def _room(like: Tensor, size: tuple[int, int]) -> Tensor:
+    """Zeros for ``size`` slots and tokens of the kind of ``like`` [.., .., heads, dim]."""
+    return torch.zeros(*size, *like.shape[2:], dtype=like.dtype, device=like.device)

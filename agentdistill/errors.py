@@ -1,0 +1,56 @@
+"""The one exception tree of the library.
+
+Invariants: every error that a user can cause derives from :class:`AgentDistillError` and from the
+standard exception that a caller would expect; its message is one line that names what is wrong and
+what to do; ``exit_code`` is what the command line returns for it.
+
+Faults *inside an episode* (an environment that breaks, a provider that times out) are data, not
+crashes: the rollout catches them and records a :class:`agentdistill.records.Fault`.
+"""
+
+from __future__ import annotations
+
+
+class AgentDistillError(Exception):
+    """Base class of all errors that this library raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(AgentDistillError, ValueError):
+    """A configuration that cannot run: names the key, the value and the remedy."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, key: str | None = None, value: object = None) -> None:
+        """Prefix ``message`` with ``key`` and ``value`` when they are known."""
+        self.key, self.value = key, value
+        super().__init__(f"{key}={value!r}: {message}" if key else message)
+
+
+class MissingExtraError(AgentDistillError, ImportError):
+    """A feature needs packages that are not installed; the message has the install command."""
+
+    exit_code = 3
+
+    def __init__(self, feature: str, extra: str) -> None:
+        """Say that ``feature`` needs ``pip install 'agentdistill[extra]'``."""
+        super().__init__(f"{feature} needs extra packages: pip install 'agentdistill[{extra}]'")
+
+
+class EnvError(AgentDistillError, RuntimeError):
+    """An environment broke its contract or cannot start; inside an episode it becomes a fault."""
+
+    exit_code = 4
+
+
+class EngineError(AgentDistillError, RuntimeError):
+    """An engine cannot do what it was asked; inside an episode it becomes a fault."""
+
+    exit_code = 4
+
+
+class StoreError(AgentDistillError, OSError):
+    """The run directory cannot be read or written (disk full, foreign files, permissions)."""
+
+    exit_code = 5

@@ -1,0 +1,121 @@
+"""Everybody plays the same panel: fixed, distinct tasks; rates with intervals.
+
+Invariants: the panel depends on the environment and the evaluation's own seed, not on the run;
+sampled episodes have seeds of their own, so that an evaluation can be repeated exactly; faults are
+counted apart; every result names panel, environment card, prompt and sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from agentdistill.config import EvaluateConfig, SamplingConfig
+from agentdistill.metrics import Interval, of_trajectories, wilson
+from agentdistill.policy import derive_seed
+from agentdistill.records import Task, Trajectory, digest
+from agentdistill.rollout import Request, rollout, run
+from agentdistill.run import Run
+from agentdistill.tasks import panel
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one policy did on the panel in one mode.
+
+    Attributes:
+        policy: its name.
+        mode: ``sampled``, ``greedy``, or ``-`` for policies that have no modes.
+        episodes: episodes without faults.
+        success: share of them that succeeded.
+        interval: 95% Wilson interval of ``success``.
+        optimal: share of optimal actions, None where the environment does not know.
+        turns: mean turns.
+        invalid: share of turns whose action could not be read or was not valid.
+        score: mean score.
+        faults: episodes lost to faults, in no rate.
+        panel: hash of the task keys.
+        keys: the task keys, in order.
+        outcomes: success of each episode, in order (task by task, sample by sample).
+    """
+
+    policy: str
+    mode: str
+    episodes: int
+    success: float
+    interval: Interval
+    optimal: float | None
+    turns: float
+    invalid: float
+    score: float
+    faults: int
+    panel: str
+    keys: tuple[str, ...]
+    outcomes: tuple[bool, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return asdict(self)
+
+
+def modes(name: str, config: EvaluateConfig) -> list[str]:
+    """The modes in which policy ``name`` plays."""
+    return ["-"] if name in ("expert", "random") else list(config.modes)
+
+
+def evaluate(the_run: Run, name: str, mode: str, config: EvaluateConfig | None = None) -> Result:
+    """Let the policy called ``name`` play the panel in ``mode``."""
+    config = config or the_run.config.evaluate
+    tasks = panel(the_run.env, config.split, config.tasks, config.seed)
+    policy = the_run.policy(name, _sampling(the_run, mode))
+    samples = config.samples if mode == "sampled" else 1
+    trajectories = run(
+        rollout(
+            policy,
+            the_run.make_env,
+            _requests(tasks, samples, config.seed),
+            concurrency=config.concurrency,
+            max_turns=the_run.config.env.max_turns,
+            limits=the_run.config.limits,
+        )
+    )
+    return summarise(name, mode, tasks, trajectories)
+
+
+def _sampling(the_run: Run, mode: str) -> SamplingConfig:
+    base = the_run.config.sampling
+    return base.model_copy(update={"temperature": 0.0}) if mode == "greedy" else base
+
+
+def _requests(tasks: Sequence[Task], samples: int, seed: int) -> list[Request]:
+    return [
+        Request(task, derive_seed(seed, "evaluate", task.key, sample), task.key, sample)
+        for task in tasks
+        for sample in range(samples)
+    ]
+
+
+def summarise(
+    name: str, mode: str, tasks: Sequence[Task], trajectories: Sequence[Trajectory]
+) -> Result:
+    """The result of ``trajectories`` over the panel ``tasks``."""
+    sound = [t for t in trajectories if not t.faults]
+    wins = sum(t.success for t in sound)
+    means = of_trajectories(trajectories)
+    keys = tuple(task.key for task in tasks)
+    return Result(
+        name,
+        mode,
+        len(sound),
+        wins / len(sound) if sound else 0.0,
+        wilson(wins, len(sound)),
+        means["optimal"],
+        means["turns"] or 0.0,
+        means["invalid"] or 0.0,
+        means["score"] or 0.0,
+        means["faults"],
+        digest(list(keys)),
+        keys,
+        tuple(t.success for t in sound),
+    )

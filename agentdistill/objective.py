@@ -1,0 +1,123 @@
+"""What is minimised: a list of terms over views of one table.
+
+    L = Σ_terms coef · Σ_i a_i · w_i · loss_i
+
+``w`` is detached, one number per row; ``a`` is the reduction (mean over tokens, turns, steps,
+streams, trajectories or groups). Invariants: ``a`` is computed over the whole optimiser batch (and
+all ranks) before the first backward, so that splitting into micro-batches or ranks changes nothing;
+a term never sees more of the student than the live log-probability of the row's token, or one
+chunk of rows of its distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from agentdistill.table import Table, column
+from agentdistill.views import PLAIN
+from agentdistill.weighting import count_units, reduce_weights, tokens_per_unit
+
+Over = Literal["token", "turn", "step", "stream", "trajectory", "group"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLoss:
+    """A loss on the live log-probability of each row's token.
+
+    Attributes:
+        needs: names of the columns that ``function`` reads.
+        function: (live log-probability [n], columns [n]) → loss [n].
+    """
+
+    needs: tuple[str, ...]
+    function: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """A loss on the whole distributions of student and teacher.
+
+    Attributes:
+        scorer: whose distribution is the target.
+        function: (student logits [n, V], teacher logits [n, V]) → loss [n].
+        scorer_view: the view that the scorer read.
+    """
+
+    scorer: str
+    function: Callable[[Tensor, Tensor], Tensor]
+    scorer_view: str = PLAIN
+
+    @property
+    def hidden(self) -> str:
+        """The column with the scorer's hidden states [N, H]."""
+        return column("hidden", self.scorer, self.scorer_view)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One summand of the objective.
+
+    Attributes:
+        name: of the term, for metrics.
+        loss: what is summed.
+        rows: boolean column that selects rows; None selects what the actor wrote.
+        view: the view in which the student is trained.
+        coef: the term's coefficient.
+        weight: column of detached row weights, or None for ones.
+        over: the index set of the mean: every unit counts the same, and within a unit every row.
+        shared: boolean column whose rows define the denominators in place of the term's own
+            (SRPO's shared denominator); None takes the term's own.
+    """
+
+    name: str
+    loss: TokenLoss | Divergence
+    rows: str | None = None
+    view: str = PLAIN
+    coef: float = 1.0
+    weight: str | None = None
+    over: Over = "token"
+    shared: str | None = None
+
+    def mask(self, table: Table) -> Tensor:
+        """The term's rows [N], bool: selected, and with every view that it reads."""
+        mask = (table.acted if self.rows is None else table[self.rows]) & table.valid(self.view)
+        if isinstance(self.loss, Divergence):
+            mask = mask & table.valid(self.loss.scorer_view)
+        return mask
+
+    def row_weights(
+        self, table: Table, batch: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> Tensor:
+        """Coef · a · w for every row [N]; 0 outside the term.
+
+        Args:
+            table: the table.
+            batch: rows of this optimiser batch [N], bool.
+            total: sums a number over all ranks.
+        """
+        mask = self.mask(table) & batch
+        base = mask if self.shared is None else table[self.shared] & batch
+        unit = None if self.over == "token" else table.index[self.over]
+        units = int(total(torch.tensor(count_units(unit, base))))
+        inner = None if unit is None else tokens_per_unit(unit, base)
+        weights = reduce_weights(unit, mask, units=units, unit_tokens=inner)
+        if self.weight is not None:
+            weights = weights * table[self.weight]
+        return self.coef * weights
+
+
+def needed_columns(terms: list[Term]) -> set[str]:
+    """Names of all columns that the terms read besides their row selections."""
+    needs: set[str] = set()
+    for term in terms:
+        if isinstance(term.loss, Divergence):
+            needs.add(term.loss.hidden)
+        else:
+            needs.update(term.loss.needs)
+        needs.update(name for name in (term.weight,) if name)
+    return needs

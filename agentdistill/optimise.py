@@ -1,0 +1,248 @@
+"""From a table and a list of terms to one optimiser step.
+
+Invariants
+----------
+* Memory: hidden states of the rows, and one chunk of rows times the vocabulary; never the whole
+  tokens times vocabulary. The head is differentiated chunk by chunk down to the hidden states, whose
+  gradient then runs through the body once.
+* The result does not depend on how the batch is cut into micro-batches, chunks or ranks (up to
+  floating-point order): all denominators are known before the first backward.
+* Gradients are summed over ranks, never averaged, for the same reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from agentdistill.config import TrainStage
+from agentdistill.divergence import entropy
+from agentdistill.engines.forward import hidden_states, logits, vocabulary
+from agentdistill.errors import EngineError
+from agentdistill.objective import Term, TokenLoss
+from agentdistill.table import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [n, H] → logits [n, V]."""
+
+CHUNK_BYTES = 1 << 26
+"""Size of one float32 chunk of rows times vocabulary."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one optimiser batch did.
+
+    Attributes:
+        losses: value of every term, coefficient included.
+        rows: number of rows with weight.
+        tokens: ids that went through the student's body.
+        entropy: mean entropy of the student over those rows, nats.
+    """
+
+    losses: dict[str, float] = field(default_factory=dict)
+    rows: int = 0
+    tokens: int = 0
+    entropy: float = 0.0
+
+    def as_metrics(self) -> dict[str, float]:
+        """Flat, for logging."""
+        losses = {f"loss/{name}": value for name, value in self.losses.items()}
+        return {**losses, "entropy": self.entropy, "rows": self.rows, "trained_tokens": self.tokens}
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """``value`` summed over ranks where torch.distributed runs, else itself."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def backward(
+    model: PreTrainedModel,
+    table: Table,
+    terms: Sequence[Term],
+    heads: Mapping[str, Head],
+    *,
+    micro_tokens: int,
+    trajectories: Sequence[int] | None = None,
+    chunk_rows: int | None = None,
+) -> Batch:
+    """Add the gradient of the objective over one optimiser batch to ``model``'s parameters.
+
+    Args:
+        model: the student.
+        table: with every column that the terms need.
+        terms: the objective.
+        heads: output head of each scorer that a divergence names.
+        micro_tokens: ids per forward pass.
+        trajectories: numbers of the trajectories in this optimiser batch; None takes all.
+            Every row's loss before weighting is left in the columns ``loss/<term>``.
+        chunk_rows: rows per chunk of the head; None follows :data:`CHUNK_BYTES`.
+    """
+    batch = torch.ones(len(table), dtype=torch.bool)
+    if trajectories is not None:
+        chosen = torch.zeros(len(table.trajectories), dtype=torch.bool)
+        chosen[list(trajectories)] = True
+        batch = chosen[table.index["trajectory"]]
+    weights = {term.name: term.row_weights(table, batch, all_sum) for term in terms}
+    result = Batch()
+    for term in terms:
+        table.columns.setdefault(f"loss/{term.name}", torch.full((len(table),), float("nan")))
+    for view in dict.fromkeys(term.view for term in terms):
+        mine = [term for term in terms if term.view == view]
+        needed = torch.stack([weights[term.name] != 0 for term in mine]).any(0)
+        for part in table.micro_batches(view, micro_tokens):
+            _micro(model, table, view, mine, weights, heads, needed, part, chunk_rows, result)
+    result.entropy /= max(result.rows, 1)
+    return result
+
+
+def _micro(
+    model: PreTrainedModel,
+    table: Table,
+    view: str,
+    terms: Sequence[Term],
+    weights: Mapping[str, Tensor],
+    heads: Mapping[str, Head],
+    needed: Tensor,
+    streams: Sequence[int],
+    chunk_rows: int | None,
+    result: Batch,
+) -> None:
+    """Forward and backward of one micro-batch of streams."""
+    ids, positions, rows = gather(table, view, streams, needed)
+    if not len(rows):
+        return
+    hidden = hidden_states(model, ids, positions)
+    leaf = hidden.detach().requires_grad_(True)
+    size = chunk_rows or max(16, CHUNK_BYTES // (4 * vocabulary(model)))
+    for start in range(0, len(rows), size):
+        _chunk(model, table, terms, weights, heads, leaf, start, rows[start : start + size], result)
+    hidden.backward(leaf.grad)  # type: ignore[no-untyped-call]
+    result.tokens += sum(int(where[-1]) for where in positions)
+    result.rows += len(rows)
+
+
+def gather(
+    table: Table, view: str, streams: Sequence[int], needed: Tensor
+) -> tuple[list[Any], list[Any], Tensor]:
+    """Ids, positions and row numbers of the needed rows of ``streams`` in ``view``."""
+    ids: list[Any] = []
+    positions: list[Any] = []
+    rows: list[Tensor] = []
+    for number in streams:
+        found = table.views[view][number]
+        span = table.rows(number)
+        keep = needed[span].nonzero().squeeze(1)
+        if found is None or not len(keep):
+            continue
+        where = found.positions[keep.numpy()]
+        ids.append(found.ids)
+        positions.append(where)
+        rows.append(keep + span.start)
+    return ids, positions, torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
+
+
+def _chunk(
+    model: PreTrainedModel,
+    table: Table,
+    terms: Sequence[Term],
+    weights: Mapping[str, Tensor],
+    heads: Mapping[str, Head],
+    leaf: Tensor,
+    start: int,
+    rows: Tensor,
+    result: Batch,
+) -> None:
+    """Loss and gradient, down to the hidden states, of one chunk of rows."""
+    device = leaf.device
+    hidden = leaf[start : start + len(rows)]
+    student_NV = logits(model, hidden).float()
+    token = table.index["token"][rows].to(device)
+    logp = student_NV.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+    total = torch.zeros((), device=device)
+    for term in terms:
+        weight = weights[term.name][rows].to(device)
+        values = _values(term, table, rows, logp, student_NV, heads)
+        # 0 · inf is not a number: rows without weight must not reach the sum.
+        loss = torch.where(weight != 0, weight * values, 0.0).sum()
+        total = total + loss
+        result.losses[term.name] = result.losses.get(term.name, 0.0) + float(loss.detach())
+        table.columns[f"loss/{term.name}"][rows] = values.detach().float().cpu()
+    result.entropy += float(entropy(student_NV.detach()).sum())
+    total.backward()  # type: ignore[no-untyped-call]
+
+
+def _values(
+    term: Term,
+    table: Table,
+    rows: Tensor,
+    logp: Tensor,
+    student_NV: Tensor,
+    heads: Mapping[str, Head],
+) -> Tensor:
+    """The term's loss of each row [n]."""
+    loss = term.loss
+    if isinstance(loss, TokenLoss):
+        columns = {name: table[name][rows.to(table[name].device)] for name in loss.needs}
+        return loss.function(logp, {name: c.to(logp.device) for name, c in columns.items()})
+    hidden = table[loss.hidden]
+    with torch.no_grad():
+        teacher_NV = heads[loss.scorer](hidden[rows.to(hidden.device)].to(logp.device))
+    return loss.function(student_NV, teacher_NV)
+
+
+def learning_rate(stage: TrainStage, progress: float) -> float:
+    """Learning rate at ``progress`` in [0, 1] of the stage: warm-up, then the schedule."""
+    if progress < stage.warmup:  # never 0: that would waste the first batch
+        return stage.lr * max(progress / stage.warmup, 0.05)
+    if stage.schedule == "constant":
+        return stage.lr
+    done = (progress - stage.warmup) / max(1e-9, 1 - stage.warmup)
+    floor = 0.05
+    return stage.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+class Optimiser:
+    """AdamW, the schedule, gradient clipping, and the sum over ranks."""
+
+    def __init__(self, model: PreTrainedModel, stage: TrainStage) -> None:
+        """Optimise the parameters of ``model`` that require gradients."""
+        self.stage = stage
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise EngineError("the student has no trainable parameters")
+        self.adam = torch.optim.AdamW(
+            self.parameters, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay
+        )
+
+    def step(self, progress: float) -> dict[str, float]:
+        """Apply the accumulated gradients and clear them; one that is not finite is an error.
+
+        Args:
+            progress: share of the stage that is done, for the learning rate.
+        """
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad = all_sum(parameter.grad)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.stage.clip_norm))
+        if not math.isfinite(norm):
+            raise EngineError("the gradient is not finite; lower the learning rate or use float32")
+        rate = learning_rate(self.stage, progress)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        return {"lr": rate, "grad_norm": norm}

@@ -1,0 +1,291 @@
+"""Runs a recipe: its stages in the order of their dependencies, then the evaluation.
+
+Invariants: everything that can be refused is refused before the first stage; a finished stage is
+never run again; stages and evaluations that do not depend on each other may run in ``workers``
+processes, and give the same numbers as one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentdistill.callbacks import Callback, Callbacks, JsonLines
+from agentdistill.config import CollectStage, RunConfig, StageConfig, TinyModel, TrainStage
+from agentdistill.evaluate import Result, evaluate, modes
+from agentdistill.files import write_text
+from agentdistill.methods.constraints import check
+from agentdistill.methods.index import get
+from agentdistill.metrics import Interval
+from agentdistill.run import Run, need_torch
+from agentdistill.tasks import panel
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a recipe produced.
+
+    Attributes:
+        path: the run's folder.
+        stages: summary of each stage.
+        results: the evaluation, in the order of the configuration.
+    """
+
+    path: Path
+    stages: dict[str, dict[str, Any]]
+    results: tuple[Result, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON (without the per-task columns)."""
+        rows = [
+            {k: v for k, v in result.to_json().items() if k not in ("keys", "outcomes")}
+            for result in self.results
+        ]
+        return {"path": str(self.path), "stages": self.stages, "results": rows}
+
+
+def validate(config: RunConfig) -> Run:
+    """Check everything that can be checked without playing or training.
+
+    Raises:
+        ConfigError, MissingExtraError: with the key, the value and the remedy.
+    """
+    the_run = Run(config)
+    known = the_run.env.card.splits
+    for stage in config.stages:
+        if stage.split not in known:
+            _unknown_split(f"stages.{stage.name}.split", stage.split, known)
+        if isinstance(stage, TrainStage):
+            check(config, stage, get(stage.method).resolve(stage.axes))
+            need_torch("training")
+    if config.evaluate.policies:
+        if config.evaluate.split not in known:
+            _unknown_split("evaluate.split", config.evaluate.split, known)
+        panel(the_run.env, config.evaluate.split, config.evaluate.tasks, config.evaluate.seed)
+        if any(policy not in ("expert", "random") for policy in config.evaluate.policies):
+            need_torch("evaluating a model")
+    return the_run
+
+
+def _unknown_split(key: str, value: str, known: Sequence[str]) -> None:
+    from agentdistill.errors import ConfigError
+
+    raise ConfigError(f"this environment has the splits {', '.join(known)}", key=key, value=value)
+
+
+def execute(
+    config: RunConfig,
+    callbacks: Sequence[Callback] = (),
+    only: Sequence[str] | None = None,
+) -> Outcome:
+    """Run the stages of ``config`` (all, or ``only`` those and what they need), then evaluate.
+
+    Repeating the call after a crash or an interrupt goes on where it stopped.
+    """
+    the_run = validate(config)
+    the_run.prepare()
+    if any(isinstance(stage, TrainStage) for stage in config.stages):
+        _prepare_torch(the_run)
+    jobs = _jobs(the_run, only)
+    callback = Callbacks([JsonLines(), *callbacks])
+    runner = _in_processes if config.workers > 1 and len(jobs) > 1 else _one_by_one
+    runner(the_run, jobs, callback)
+    stages = {s.name: summary for s in config.stages if (summary := the_run.done(s.name))}
+    results = () if only else _results(the_run)
+    return Outcome(the_run.path, stages, results)
+
+
+def _prepare_torch(the_run: Run) -> None:
+    """Threads and tokenizers, once, before any process is forked."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(the_run.config.threads)
+    for model in the_run.config.models.values():
+        if isinstance(model, TinyModel):
+            the_run.tokenizer(model)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A stage, or one evaluation: ``stage`` is None for the latter."""
+
+    name: str
+    needs: frozenset[str]
+    stage: StageConfig | None = None
+    mode: str = ""
+
+
+def _jobs(the_run: Run, only: Sequence[str] | None) -> list[Job]:
+    """What has to be done, in an order that respects the needs."""
+    config = the_run.config
+    names = {stage.name for stage in config.stages}
+    wanted = names if only is None else _closure(config, only)
+    jobs = [
+        Job(stage.name, _needs(stage) & names, stage)
+        for stage in config.stages
+        if stage.name in wanted and the_run.done(stage.name) is None
+    ]
+    if only is None:
+        for policy in dict.fromkeys(config.evaluate.policies):
+            jobs += [
+                Job(policy, frozenset({policy} & names), None, mode)
+                for mode in modes(policy, config.evaluate)
+                if not _evaluation(the_run, policy, mode).exists()
+            ]
+    return jobs
+
+
+def _needs(stage: StageConfig) -> frozenset[str]:
+    keys = ("policy", "init", "teacher", "data", "guide")
+    return frozenset(filter(None, (getattr(stage, key, None) for key in keys)))
+
+
+def _closure(config: RunConfig, only: Sequence[str]) -> set[str]:
+    """The stages named in ``only`` and all that they need."""
+    wanted: set[str] = set()
+    open_ = [config.stage(name) for name in only]
+    while open_:
+        stage = open_.pop()
+        wanted.add(stage.name)
+        names = {s.name: s for s in config.stages}
+        open_ += [names[n] for n in _needs(stage) if n in names and n not in wanted]
+    return wanted
+
+
+def _perform(the_run: Run, job: Job, callback: Callback) -> None:
+    """Do one job in this process."""
+    if isinstance(job.stage, CollectStage):
+        from agentdistill.collect import collect
+
+        collect(the_run, job.stage, callback)
+    elif isinstance(job.stage, TrainStage):
+        from agentdistill.iteration import Training
+
+        Training(the_run, job.stage, callback).run()
+    else:
+        result = evaluate(the_run, job.name, job.mode)
+        file = _evaluation(the_run, job.name, job.mode)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(result.to_json()))
+
+
+def _evaluation(the_run: Run, policy: str, mode: str) -> Path:
+    suffix = "" if mode == "-" else f"-{mode}"
+    return the_run.path / "evaluation" / f"{policy}{suffix}.json"
+
+
+def _results(the_run: Run) -> tuple[Result, ...]:
+    config = the_run.config.evaluate
+    found = []
+    for policy in dict.fromkeys(config.policies):
+        for mode in modes(policy, config):
+            values = json.loads(_evaluation(the_run, policy, mode).read_text())
+            values["interval"] = Interval(*values["interval"])
+            values["keys"], values["outcomes"] = tuple(values["keys"]), tuple(values["outcomes"])
+            found.append(Result(**values))
+    return tuple(found)
+
+
+def _one_by_one(the_run: Run, jobs: Sequence[Job], callback: Callback) -> None:
+    for job in jobs:
+        _perform(the_run, job, callback)
+
+
+# -- several processes ---------------------------------------------------------------------------
+
+
+class _Forward(Callback):
+    """Sends every event to the parent, and ends this process when the parent is gone."""
+
+    def __init__(self, send: Callable[[tuple[str, tuple[Any, ...]]], None], parent: int) -> None:
+        self._send, self._parent = send, parent
+
+    def on_stage_start(self, stage: StageConfig, folder: Path, iteration: int) -> None:
+        self._send(("on_stage_start", (stage, folder, iteration)))
+
+    def on_iteration(
+        self, stage: StageConfig, iteration: int, metrics: Mapping[str, Any], progress: float
+    ) -> None:
+        if os.getppid() != self._parent:  # nobody is left to report to, or to hold the run's lock
+            os._exit(1)
+        self._send(("on_iteration", (stage, iteration, dict(metrics), progress)))
+
+    def on_stage_end(self, stage: StageConfig, summary: Mapping[str, Any]) -> None:
+        self._send(("on_stage_end", (stage, dict(summary))))
+
+
+def _child(config: RunConfig, job: Job, parent: int) -> None:
+    _perform(Run(config), job, _Forward(_EVENTS.put, parent))
+
+
+_EVENTS: Any = None
+"""The queue to the parent; inherited by forked workers, since queues cannot be pickled as tasks."""
+
+
+def _in_processes(the_run: Run, jobs: Sequence[Job], callback: Callback) -> None:
+    """Run ``jobs`` in forked processes as soon as their needs are met.
+
+    Forked, so that torch is imported once; nothing has started threads or a GPU context by then.
+    """
+    global _EVENTS
+    if any(isinstance(job.stage, TrainStage) for job in jobs):
+        import transformers.models.qwen3.modeling_qwen3  # noqa: F401  (once, not per process)
+
+    context = multiprocessing.get_context("fork")
+    _EVENTS = context.SimpleQueue()
+    listener = threading.Thread(target=_listen, args=(_EVENTS, callback), daemon=True)
+    with ProcessPoolExecutor(
+        the_run.config.workers, mp_context=context, initializer=_leave_interrupts_to_the_parent
+    ) as pool:
+        try:
+            _schedule(the_run, jobs, pool, listener)
+        except BaseException:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+        finally:
+            _EVENTS.put(None)
+            if listener.is_alive():
+                listener.join()
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _schedule(
+    the_run: Run, jobs: Sequence[Job], pool: ProcessPoolExecutor, listener: threading.Thread
+) -> None:
+    waiting = list(jobs)
+    running: dict[Future[None], Job] = {}
+    unfinished = {job.name for job in jobs if job.stage is not None}
+    while waiting or running:
+        ready = [job for job in waiting if not job.needs & unfinished]
+        for job in ready:
+            waiting.remove(job)
+            running[pool.submit(_child, the_run.config, job, os.getpid())] = job
+        if not listener.ident:  # started after the fork: a thread does not survive one
+            listener.start()
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            job = running.pop(future)
+            future.result()
+            if job.stage is not None:
+                unfinished.discard(job.name)
+
+
+def _listen(events: Any, callback: Callback) -> None:
+    while (event := events.get()) is not None:
+        name, arguments = event
+        getattr(callback, name)(*arguments)

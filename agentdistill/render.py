@@ -1,0 +1,293 @@
+"""Messages ⇄ token streams: from an episode to the exact ids that a model is asked with.
+
+Invariants
+----------
+* Token in, token out: a prompt is joined from *context pieces* (text, tokenised once) and from the
+  ids that were sampled. Sampled ids are never decoded and encoded again.
+* Earlier reasoning is dropped by deleting its tokens, never by editing text.
+* A response that ended by length gets the end-of-turn id inserted, as context.
+* The template's frames (what stands before, between and after messages) are read off the
+  tokenizer's own chat template by probing it with sentinels, once.
+
+No torch here; the tokenizer is any ``transformers`` tokenizer with a chat template.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
+
+from agentdistill import actions
+from agentdistill.actions import Parsed
+from agentdistill.config import PromptConfig
+from agentdistill.errors import ConfigError
+from agentdistill.records import Author, Kind, StreamBuilder, Trajectory, Turn, digest
+
+
+class Tokenizer(Protocol):
+    """The part of a ``transformers`` tokenizer that rendering needs."""
+
+    eos_token: str
+    eos_token_id: int
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Ids of ``text``."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Text of ``ids``."""
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """The conversation as text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """The fixed texts of a chat template around the messages.
+
+    A conversation reads: ``head`` observation ``reply`` response ``between`` observation ``reply``
+    response …; with a system message ``system`` instruction ``after_system`` replaces ``head``.
+
+    Attributes:
+        system: before the instruction, or None where the template has no system role.
+        after_system: between the instruction and the first observation.
+        head: before the first observation without an instruction.
+        reply: between an observation and the response to it.
+        between: between a response (its end-of-turn token included) and the next observation.
+        notes: in what the joined conversation differs from the template's own rendering.
+    """
+
+    system: str | None
+    after_system: str
+    head: str
+    reply: str
+    between: str
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def probe(cls, tokenizer: Tokenizer) -> Frames:
+        """Read the frames off ``tokenizer``'s chat template.
+
+        Raises:
+            ConfigError: there is no chat template, or it has no end-of-turn token after a response.
+        """
+
+        def render(*contents: str, system: str | None = None) -> str:
+            roles = ("user", "assistant")
+            messages = [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
+            if system is not None:
+                messages.insert(0, {"role": "system", "content": system})
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+            return str(text)
+
+        first, second, said, rules = "Q1marker", "Q2marker", "R1marker", "S0marker"
+        try:
+            head, reply = _cut(render(first), first)
+            _, rest = _cut(render(first, said, second), said)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"the tokenizer has no usable chat template ({error})") from error
+        between, _ = _cut(rest, second)
+        if not between.startswith(tokenizer.eos_token):
+            raise ConfigError(
+                "the chat template puts no end-of-turn token after a response; set the tokenizer's "
+                "eos_token to the one the template writes",
+                key="eos_token",
+                value=tokenizer.eos_token,
+            )
+        between = between[len(tokenizer.eos_token) :]
+        system, after = _probe_system(render, rules, first, head)
+        frames = cls(system, after, head, reply, between)
+        joined = frames._join(tokenizer.eos_token, first, said, second)
+        note = "earlier turns are rendered differently by the template itself"
+        return (
+            frames
+            if joined == render(first, said, second)
+            else dataclasses.replace(frames, notes=(note,))
+        )
+
+    def _join(self, end: str, first: str, said: str, second: str) -> str:
+        return self.head + first + self.reply + said + end + self.between + second + self.reply
+
+    def opening(self, instruction: str) -> str:
+        """Everything before the first observation."""
+        if not instruction:
+            return self.head
+        if self.system is None:
+            return f"{self.head}{instruction}\n\n"
+        return self.system + instruction + self.after_system
+
+
+def _cut(text: str, marker: str) -> tuple[str, str]:
+    before, found, after = text.partition(marker)
+    if not found:
+        raise ValueError("it drops a message")
+    return before, after
+
+
+def _probe_system(render: Any, rules: str, first: str, head: str) -> tuple[str | None, str]:
+    try:
+        system, rest = _cut(render(first, system=rules), rules)
+    except Exception:  # templates raise whatever they like to refuse a role
+        return None, head
+    return system, _cut(rest, first)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The tokens of one past response: ids, kinds, and who is named as their author."""
+
+    ids: tuple[int, ...]
+    kinds: tuple[int, ...]
+    author: Author
+
+
+class Renderer:
+    """Turns episodes into prompts for one tokenizer and one prompt preset."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: PromptConfig, instruction: str = "") -> None:
+        """Probe the template.
+
+        Args:
+            tokenizer: of the model that will read the prompts.
+            prompt: the preset.
+            instruction: the environment's own instruction, used where the preset asks for it.
+        """
+        self.tokenizer, self.prompt = tokenizer, prompt
+        self.frames = Frames.probe(tokenizer)
+        self.grammar = actions.grammar(prompt.grammar)
+        self.instruction = instruction if prompt.instruction == "env" else prompt.instruction
+        self.end = int(tokenizer.eos_token_id)
+        self.encode = lru_cache(maxsize=1 << 16)(self._encode)
+        self._opening = self.frames.opening(self.instruction)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of how text becomes tokens: preset, instruction, frames, vocabulary."""
+        vocabulary: dict[str, int] = getattr(self.tokenizer, "get_vocab", dict)()
+        return digest(
+            [
+                self.prompt.model_dump(),
+                self.instruction,
+                dataclasses.astuple(self.frames),
+                sorted(vocabulary.items()),
+            ]
+        )
+
+    def context(self, observation: str, *, first: bool) -> tuple[int, ...]:
+        """Ids between the previous response (or nothing) and the response to ``observation``."""
+        shown = self.prompt.observation.replace("{observation}", observation)
+        lead = self._opening if first else self.frames.between
+        return self.encode(lead + shown + self.frames.reply)
+
+    def written(self, text: str, author: Author = Author.ACTOR) -> Reply:
+        """A response that exists only as text, as tokens with its end of turn."""
+        ids = (*self.encode(text), self.end)
+        return Reply(ids, self.kinds(ids, self.grammar(text)), author)
+
+    def kinds(self, ids: Sequence[int], parsed: Parsed) -> tuple[int, ...]:
+        """:class:`Kind` of every response token, from the character spans of its parse."""
+        kinds = [int(Kind.FORMAT)] * len(ids)
+        for span, kind in ((parsed.reason_span, Kind.REASON), (parsed.act_span, Kind.ACT)):
+            if span is not None:
+                start, end = self._tokens_of(ids, span)
+                kinds[start:end] = [int(kind)] * (end - start)
+        return tuple(kinds)
+
+    def _tokens_of(self, ids: Sequence[int], span: tuple[int, int]) -> tuple[int, int]:
+        """Token range that covers characters ``span`` of the decoded ids."""
+        body = len(ids) - 1 if ids and ids[-1] == self.end else len(ids)
+        if body <= 1:
+            return 0, body
+        start = self._prefix(ids, span[0] + 1, body) - 1
+        return start, max(start + 1, self._prefix(ids, span[1], body))
+
+    def _prefix(self, ids: Sequence[int], length: int, high: int) -> int:
+        """Smallest n such that the first n tokens decode to at least ``length`` characters."""
+        low = 0
+        while low < high:
+            middle = (low + high) // 2
+            text = self.tokenizer.decode(list(ids[:middle]), skip_special_tokens=True)
+            low, high = (low, middle) if len(text) >= length else (middle + 1, high)
+        return low
+
+
+class Conversation:
+    """One episode as one model reads it; grows by observations and replies."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        """Start empty."""
+        self._renderer = renderer
+        self._observations: list[str] = []
+        self._replies: list[Reply] = []
+
+    def __len__(self) -> int:
+        """Number of turns with a reply."""
+        return len(self._replies)
+
+    def add(self, observation: str, reply: Reply) -> None:
+        """Append one finished turn."""
+        self._observations.append(observation)
+        self._replies.append(reply)
+
+    def ask(self, observation: str) -> tuple[list[int], list[int]]:
+        """The prompt for ``observation``: ids and authors, of equal length."""
+        prompt = self._renderer.prompt
+        first = 0 if prompt.window is None else max(0, len(self) - prompt.window)
+        ids: list[int] = []
+        authors: list[int] = []
+        for index in range(first, len(self)):
+            self._context(ids, authors, self._observations[index], first=index == first)
+            self._reply(ids, authors, self._replies[index])
+        self._context(ids, authors, observation, first=first == len(self))
+        return ids, authors
+
+    def _context(
+        self, ids: list[int], authors: list[int], observation: str, *, first: bool
+    ) -> None:
+        piece = self._renderer.context(observation, first=first)
+        ids += piece
+        authors += [int(Author.CONTEXT)] * len(piece)
+
+    def _reply(self, ids: list[int], authors: list[int], reply: Reply) -> None:
+        kept: Sequence[int] = reply.ids
+        if self._renderer.prompt.drop_reasoning:
+            pairs = zip(reply.ids, reply.kinds, strict=True)
+            kept = [token for token, kind in pairs if kind != Kind.REASON]
+        ids += kept
+        authors += [int(reply.author)] * len(kept)
+        if not kept or kept[-1] != self._renderer.end:
+            ids.append(self._renderer.end)
+            authors.append(int(Author.CONTEXT))
+
+
+def materialise(trajectory: Trajectory, renderer: Renderer) -> Trajectory:
+    """``trajectory`` with streams made from its texts, for a trajectory that has none.
+
+    Nobody sampled these tokens, so their log-probabilities are NaN. Existing streams are
+    replaced: another tokenizer or another preset reads the same episode differently.
+    """
+    conversation, builder = Conversation(renderer), StreamBuilder()
+    turns: list[Turn] = []
+    for turn in trajectory.turns:
+        reply = renderer.written(turn.text, turn.author)
+        if turn.author is Author.REPLAY:
+            turns.append(dataclasses.replace(turn, span=None))
+        else:
+            ids, authors = conversation.ask(turn.observation)
+            nobody = [float("nan")] * len(reply.ids)
+            span = builder.extend(
+                ids, reply.ids, logp=nobody, kind=reply.kinds, prompt_author=authors
+            )
+            turns.append(dataclasses.replace(turn, span=span))
+        conversation.add(turn.observation, reply)
+    provenance = {**trajectory.provenance, "renderer": renderer.fingerprint}
+    return dataclasses.replace(
+        trajectory, turns=tuple(turns), streams=builder.finish(), provenance=provenance
+    )

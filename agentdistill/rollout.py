@@ -1,0 +1,334 @@
+"""Plays episodes: policy and environment in, trajectories out.
+
+Invariants
+----------
+* A bad rollout is data: faults of environments and engines, time-outs and limits end the episode
+  with their kind on record; they never lose the others. Programming errors still propagate.
+* An episode's outcome depends on its request (task, start, seed) and the policy's weights only.
+* How an environment runs is what its card asks for (:data:`~agentdistill.envs.base.ISOLATIONS`):
+  ``inline`` in the event loop, ``thread`` in a worker thread so that a slow step stalls nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from agentdistill import actions
+from agentdistill.config import LimitsConfig
+from agentdistill.envs.base import TextEnv
+from agentdistill.errors import ConfigError, EngineError
+from agentdistill.policy import Episode, Policy, Response
+from agentdistill.records import (
+    Actor,
+    Author,
+    Fault,
+    Start,
+    StepResult,
+    StreamBuilder,
+    Task,
+    Trajectory,
+    Turn,
+    Verdict,
+)
+from agentdistill.render import Reply
+
+T = TypeVar("T")
+
+NO_LIMITS = LimitsConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One episode to be played.
+
+    Attributes:
+        task: what is to be done.
+        seed: of the episode.
+        group: id of the group it belongs to.
+        sample: its number within the group.
+        start: actions to be replayed first.
+        expected: observations the replay must show (after each action); None skips the check.
+        horizon: turns after the hand-over; None leaves it to the limits.
+        counter: the curriculum's n.
+        provenance: copied into the trajectory.
+    """
+
+    task: Task
+    seed: int
+    group: str = ""
+    sample: int = 0
+    start: Start = Start()
+    expected: tuple[str, ...] | None = None
+    horizon: int | None = None
+    counter: int = 0
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Stop(Exception):
+    """Ends an episode from inside, with the name of the end."""
+
+    def __init__(self, end: str, message: str = "") -> None:
+        super().__init__(message)
+        self.end = end
+
+
+class Player:
+    """Plays one episode; see :func:`rollout` for many."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        env: TextEnv,
+        request: Request,
+        *,
+        max_turns: int | None = None,
+        limits: LimitsConfig = NO_LIMITS,
+        grammar: str = "plain",
+    ) -> None:
+        """``grammar`` is how replayed actions are written into the history."""
+        self._policy, self._env, self._request = policy, env, request
+        self._max_turns, self._limits, self._grammar = max_turns, limits, grammar
+        self._builder = StreamBuilder()
+        self._began = time.monotonic()
+        self._tokens = 0
+        self._episode: Episode | None = None
+        self._last = StepResult("", 0.0)
+
+    async def play(self) -> Trajectory:
+        """Play to the end."""
+        faults: list[Fault] = []
+        try:
+            await self._begin()
+            await self._replay()
+            while True:
+                await self._turn()
+        except _Stop as stop:
+            end = stop.end
+            if end.startswith("fault:"):
+                faults.append(Fault(end.removeprefix("fault:"), str(stop), self._turns))
+        finally:
+            if self._episode is not None:
+                self._policy.finish(self._episode)
+        return self._record(end, faults)
+
+    @property
+    def _turns(self) -> int:
+        return len(self._episode.turns) if self._episode else 0
+
+    async def _begin(self) -> None:
+        request = self._request
+        task = request.task
+        observation, _ = await self._env_call(lambda: self._env.reset(options={"task": task}))
+        identity = f"{request.group}/{request.sample}/{task.key}/{request.seed}"
+        self._episode = Episode(identity, task, self._env, observation, request.seed)
+
+    async def _replay(self) -> None:
+        """Execute the start's actions; the task must survive them, and look the same."""
+        request = self._request
+        for number, action in enumerate(request.start.actions):
+            result = await self._env_call(partial(self._env.act, action))
+            if result.terminated or result.truncated:
+                raise _Stop("fault:replay", "the replayed actions ended the episode")
+            if request.expected is not None and request.expected[number] != result.observation:
+                raise _Stop("fault:replay", f"observation {number} differs from the recorded one")
+            turn = Turn(
+                number,
+                self._now.observation,
+                Actor(request.start.source),
+                Author.REPLAY,
+                text=actions.write(self._grammar, (action,)),
+                actions=(action,),
+                results=(result,),
+                reward=result.reward,
+            )
+            self._append(turn, None, result)
+
+    async def _turn(self) -> None:
+        self._check_limits()
+        response = await self._ask()
+        results, verdict = await self._execute(response)
+        turn = Turn(
+            self._turns,
+            self._now.observation,
+            response.actor,
+            text=response.text,
+            reasoning=response.parsed.reasoning,
+            actions=response.parsed.actions or ("",),
+            results=results,
+            verdict=verdict,
+            stop=response.sample.stop if response.sample else "none",
+            reward=sum(result.reward for result in results),
+            usage=response.usage,
+            span=self._tokens_of(response),
+            alternatives=response.alternatives,
+        )
+        reply = None
+        if response.sample is not None:
+            reply = Reply(response.sample.ids, response.kinds, Author.CONTEXT)
+        self._append(turn, reply, results[-1])
+        if self._last.terminated:
+            raise _Stop("success" if self._last.success else "failure")
+        if self._last.truncated:
+            raise _Stop("step_limit")
+
+    def _check_limits(self) -> None:
+        acted = self._turns - len(self._request.start.actions)
+        limits = self._limits
+        if self._max_turns is not None and self._turns >= self._max_turns:
+            raise _Stop("step_limit")
+        if self._request.horizon is not None and acted >= self._request.horizon:
+            raise _Stop("horizon")
+        steps = sum(len(turn.results) for turn in self._now.turns)
+        seconds = time.monotonic() - self._began
+        for used, limit in (
+            (steps, limits.env_steps),
+            (self._tokens, limits.tokens),
+            (seconds, limits.seconds),
+        ):
+            if limit is not None and used >= limit:
+                raise _Stop("budget")
+
+    async def _ask(self) -> Response:
+        try:
+            return await self._policy.act(self._now)
+        except TimeoutError as error:
+            raise _Stop("fault:timeout", str(error)) from error
+        except EngineError as error:
+            raise _Stop("fault:engine", str(error)) from error
+
+    async def _execute(self, response: Response) -> tuple[tuple[StepResult, ...], Verdict]:
+        """Step through the actions; an unreadable response is the empty action and costs a step."""
+        verdict = response.parsed.verdict
+        results: list[StepResult] = []
+        for action in response.parsed.actions or ("",):
+            results.append(await self._env_call(partial(self._env.act, action)))
+            if verdict is Verdict.OK and not results[-1].valid:
+                verdict = Verdict.INADMISSIBLE
+            if results[-1].terminated or results[-1].truncated:
+                break
+        return tuple(results), verdict
+
+    def _tokens_of(self, response: Response) -> Any:
+        if response.sample is None:
+            return None
+        sample, (ids, authors) = response.sample, response.prompt
+        self._tokens += len(sample.ids)
+        return self._builder.extend(
+            ids, sample.ids, logp=sample.logp, kind=response.kinds, prompt_author=authors
+        )
+
+    async def _env_call(self, call: Callable[[], T]) -> T:
+        """Run ``call`` as the card asks; whatever the environment raises is a fault."""
+        try:
+            if self._env.card.isolation == "inline":
+                return call()
+            return await asyncio.to_thread(call)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise _Stop("fault:environment", f"{type(error).__name__}: {error}") from error
+
+    @property
+    def _now(self) -> Episode:
+        assert self._episode is not None
+        return self._episode
+
+    def _append(self, turn: Turn, reply: Reply | None, result: StepResult) -> None:
+        self._now.turns.append(turn)
+        self._now.replies.append(reply)
+        self._now.observation = result.observation
+        self._last = result
+
+    def _record(self, end: str, faults: list[Fault]) -> Trajectory:
+        request, episode = self._request, self._episode
+        return Trajectory(
+            request.task,
+            request.group or request.task.key,
+            request.sample,
+            tuple(episode.turns) if episode else (),
+            self._builder.finish(),
+            end,
+            self._last.success,
+            self._last.score,
+            request.start,
+            request.horizon,
+            request.counter,
+            tuple(faults),
+            request.provenance,
+        )
+
+
+async def rollout(
+    policy: Policy,
+    make_env: Callable[[], TextEnv],
+    requests: Iterable[Request],
+    *,
+    concurrency: int = 256,
+    max_turns: int | None = None,
+    limits: LimitsConfig = NO_LIMITS,
+    grammar: str = "plain",
+    on_end: Callable[[Trajectory], None] | None = None,
+) -> list[Trajectory]:
+    """Play all ``requests``; return their trajectories in the order of the requests.
+
+    Args:
+        policy: who acts.
+        make_env: makes one environment; at most ``concurrency`` are made, and reused.
+        requests: what is to be played.
+        concurrency: episodes at once.
+        max_turns: responses per episode; None leaves it to the environment.
+        limits: hard limits per episode.
+        grammar: how replayed actions are written.
+        on_end: called with each trajectory as it ends (progress).
+    """
+    free: list[TextEnv] = []
+    gate = asyncio.Semaphore(concurrency)
+
+    async def one(request: Request) -> Trajectory:
+        async with gate:
+            env = free.pop() if free else make_env()
+            player = Player(
+                policy, env, request, max_turns=max_turns, limits=limits, grammar=grammar
+            )
+            trajectory = await player.play()
+            if any(fault.kind == "environment" for fault in trajectory.faults):
+                env.close()  # what broke once is not trusted again
+            else:
+                free.append(env)
+            if on_end is not None:
+                on_end(trajectory)
+            return trajectory
+
+    tasks = [asyncio.ensure_future(one(request)) for request in requests]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        for env in free:
+            env.close()
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run ``coroutine`` to its end from synchronous code, also inside a running event loop.
+
+    Notebooks have a loop of their own; there the work moves to a thread.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+def with_provenance(trajectories: Sequence[Trajectory], **facts: Any) -> list[Trajectory]:
+    """Copies with ``facts`` added to their provenance."""
+    return [replace(t, provenance={**t.provenance, **facts}) for t in trajectories]

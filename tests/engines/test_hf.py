@@ -1,0 +1,673 @@
+"""The in-process engine against plain forwards, one row at a time and without any cache."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from agentdistill.engines import hf
+from agentdistill.engines.base import Engine, Sample, Sampling, ScoreRequest
+from agentdistill.engines.hf import HFEngine
+from agentdistill.errors import EngineError
+
+END = 60
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 160,
+    "initializer_range": 0.2,
+}
+GPT2 = {"vocab_size": 61, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 160}
+KEPT: dict[str, Callable[[], PretrainedConfig]] = {
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "gpt2": lambda: GPT2Config(**GPT2, initializer_range=0.2),
+    "eager": lambda: LlamaConfig(**SHAPE, attn_implementation="eager"),
+}
+REFILLED: dict[str, Callable[[], PretrainedConfig]] = {
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=6),
+    "mixed": lambda: Qwen3Config(
+        **SHAPE,
+        head_dim=16,
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+}
+WORDS = [f"w{i}" for i in range(END)]
+
+
+def build(config: PretrainedConfig, seed: int = 0) -> nn.Module:
+    """A random model whose answers depend on its context."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One word per id; the last id ends a turn."""
+    words = {word: i for i, word in enumerate([*WORDS, "</s>"])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+
+
+def engine(model: nn.Module | None = None, **settings: Any) -> HFEngine:
+    """An engine on ``model`` (a Llama by default)."""
+    return HFEngine(build(KEPT["llama"]()) if model is None else model, tokenizer(), **settings)
+
+
+def together(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Run coroutines at the same time; exceptions are results."""
+
+    async def run() -> list[Any]:
+        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+
+    return asyncio.run(run())
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """Random ids."""
+    return random.Random(seed).choices(range(END), k=length)
+
+
+@torch.no_grad()
+def plain_logits(model: nn.Module, ids: Sequence[int]) -> torch.Tensor:
+    """Logits of the next token from one forward over everything."""
+    return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
+
+
+def plain_greedy(model: nn.Module, ids: Sequence[int], most: int) -> list[int]:
+    """Greedy decoding without cache or batch."""
+    out: list[int] = []
+    while len(out) < most and END not in out:
+        out.append(int(plain_logits(model, [*ids, *out]).argmax()))
+    return out
+
+
+@contextmanager
+def forwards(model: nn.Module) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes of the ids of every forward of the body."""
+    shapes: list[tuple[int, ...]] = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda _m, _args, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    yield shapes
+    hook.remove()
+
+
+GREEDY = Sampling(temperature=0, max_tokens=3)
+
+
+async def episode(
+    engine: Engine, number: int, turns: int, sampling: Sampling, *, first: int = 9, pauses: int = 0
+) -> tuple[list[list[int]], list[Sample]]:
+    """A session whose history grows by ragged observations; the prompts and the samples."""
+    source, ids = random.Random(number), prompt(number, 1 + number % first)
+    prompts, samples = [], []
+    for turn in range(turns):
+        for _ in range(source.randrange(pauses + 1) * 5):
+            await asyncio.sleep(0)
+        ids = ids + source.choices(range(END), k=source.randrange(1, 7))
+        sample = await engine.generate(
+            ids, sampling, seed=number * 100 + turn, session=f"episode {number}"
+        )
+        prompts.append(ids)
+        samples.append(sample)
+        ids = ids + list(sample.ids)
+    return prompts, samples
+
+
+@pytest.mark.parametrize("family", KEPT)
+def test_kept_kv_gives_the_greedy_ids_of_plain_forwards(family: str) -> None:
+    """32 sessions of 6 ragged turns, of which changing subsets run together."""
+    model = build(KEPT[family]())
+    tested = engine(model)
+    assert tested.capabilities.notes == ()
+    results = together(*(episode(tested, i, 6, GREEDY, pauses=2) for i in range(32)))
+    for prompts, samples in results:
+        for ids, sample in zip(prompts, samples, strict=True):
+            assert list(sample.ids) == plain_greedy(model, ids, 3)
+            assert sample.stop == ("stop" if sample.ids[-1] == END else "length")
+        for before, sample, ids in zip(samples, samples[1:], prompts[1:], strict=False):
+            known = len(ids) - sample.usage.input
+            assert sample.usage.cache_read == known > 0
+            assert known == before.usage.input + before.usage.cache_read + len(before.ids) - 1
+
+
+@pytest.mark.parametrize("family", REFILLED)
+def test_windows_are_computed_again_and_say_so(family: str) -> None:
+    """Layers that forget cannot be kept: the answers are right and the reason is known."""
+    model = build(REFILLED[family]())
+    tested = engine(model)
+    (note,) = tested.capabilities.notes
+    assert "KV is not kept between turns" in note and "sliding" in note
+    for prompts, samples in together(*(episode(tested, i, 3, GREEDY, first=20) for i in range(6))):
+        for ids, sample in zip(prompts, samples, strict=True):
+            assert list(sample.ids) == plain_greedy(model, ids, 3)
+            assert sample.usage.cache_read == 0 and sample.usage.input == len(ids)
+
+
+def test_models_that_ignore_the_cache_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe compares with plain forwards, so an unknown kind of model is not trusted."""
+    model = build(KEPT["llama"]())
+    inner = model.get_decoder()
+    plain = inner.forward
+    monkeypatch.setattr(inner, "forward", lambda **kw: plain(**{**kw, "position_ids": None}))
+    (note,) = engine(model).capabilities.notes
+    assert "answers differently" in note
+
+
+MIXED = [
+    Sampling(temperature=1.0, max_tokens=4),
+    Sampling(temperature=0.5, top_p=0.8, max_tokens=2),
+    Sampling(temperature=2.0, top_k=5, max_tokens=3),
+    Sampling(temperature=0, max_tokens=4),
+    Sampling(temperature=1.5, top_k=20, top_p=0.9, max_tokens=1),
+]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_samples_do_not_depend_on_who_else_is_in_the_batch(family: str) -> None:
+    """The same seeds give the same ids alone, in a batch, in batches of 5, and with kept KV."""
+    model = build(KEPT[family]())
+    asked = [(prompt(i, 3 + i % 11), MIXED[i % len(MIXED)], i) for i in range(20)]
+
+    def run(tested: HFEngine, session: str | None = None) -> list[Sample]:
+        return together(
+            *(
+                tested.generate(ids, sampling, seed=seed, session=session and f"{session}{seed}")
+                for ids, sampling, seed in asked
+            )
+        )
+
+    alone = [
+        together(engine(model).generate(ids, sampling, seed=seed))[0]
+        for ids, sampling, seed in asked
+    ]
+    kept = engine(model)
+    run(kept, "s")
+    for other in (run(engine(model)), run(engine(model, max_batch=5)), run(kept, "s")):
+        for one, two in zip(alone, other, strict=True):
+            assert one.ids == two.ids
+            assert one.logp == pytest.approx(two.logp, abs=1e-4)
+
+
+def test_each_token_is_the_inverse_of_the_distribution_at_one_uniform_number() -> None:
+    """Ids and log-probabilities equal those worked out from plain logits, number by number."""
+    model, sampling = build(KEPT["qwen3"]()), Sampling(temperature=1.3, max_tokens=6)
+    tested = engine(model, stop_ids=[])
+    for seed in range(10):
+        ids = prompt(seed, 8)
+        (sample,) = together(tested.generate(ids, sampling, seed=seed))
+        numbers = random.Random(seed)
+        for i, token in enumerate(sample.ids):
+            logp = (plain_logits(model, [*ids, *sample.ids[:i]]) / 1.3).log_softmax(-1)
+            sums = logp.double().exp().cumsum(-1)
+            assert token == int((sums <= numbers.random() * sums[-1]).sum())
+            assert sample.logp[i] == pytest.approx(float(logp[token]), abs=1e-4)
+
+
+def kept_by_hand(weights: list[float], top_k: int, top_p: float) -> set[int]:
+    """The nucleus by definition, in whole numbers of weight."""
+    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))[: top_k or None]
+    total, chosen, mass = sum(weights[i] for i in order), set(), 0.0
+    for i in order:
+        if mass >= top_p * total:
+            break
+        chosen.add(i)
+        mass += weights[i]
+    return chosen
+
+
+@given(
+    weights=st.lists(st.integers(1, 64), min_size=1, max_size=12),
+    top_k=st.integers(0, 12),
+    top_p=st.sampled_from([0.125, 0.25, 0.5, 0.75, 1.0]),
+)
+def test_nucleus_by_definition(weights: list[int], top_k: int, top_p: float) -> None:
+    """top-k first, then the fewest tokens that reach top-p of what is left; ties by id."""
+    row = torch.tensor([weights], dtype=torch.float32)
+    limits = torch.tensor([[top_k or 1 << 31]]), torch.tensor([[top_p]])
+    result = hf._nucleus(row, *limits)[0]
+    inside = set(result.nonzero().flatten().tolist())
+    assert inside == kept_by_hand([float(w) for w in weights], top_k, top_p)
+    assert all(result[i] == weights[i] for i in inside)
+
+
+def test_rows_with_and_without_a_nucleus_share_a_batch() -> None:
+    """top_k=1 always draws the likeliest token, whatever the row beside it does."""
+    model = build(KEPT["llama"]())
+    tested, ids = engine(model), prompt(1, 6)
+    narrow = Sampling(temperature=5, top_k=1, max_tokens=1)
+    wide = Sampling(temperature=5, max_tokens=1)
+    seen = set()
+    for seed in range(8):
+        one, two = together(
+            tested.generate(ids, narrow, seed=seed), tested.generate(ids, wide, seed=seed)
+        )
+        assert list(one.ids) == plain_greedy(model, ids, 1)
+        seen.add(two.ids)
+    assert len(seen) > 4
+
+
+def test_ties_go_to_the_lowest_id() -> None:
+    """A head of zeros makes every token equally likely."""
+    model = build(KEPT["llama"]())
+    nn.init.zeros_(model.lm_head.weight)
+    (sample,) = together(engine(model).generate([5], Sampling(temperature=0, max_tokens=2)))
+    assert sample.ids == (0, 0)
+    assert sample.logp == pytest.approx([-math.log(61)] * 2)
+
+
+@pytest.mark.parametrize("family", [*KEPT, *REFILLED])
+def test_score_gives_the_log_probabilities_of_the_sampler(family: str) -> None:
+    """At temperature 1 scoring the sampled ids returns what generation returned."""
+    tested = engine(build((KEPT | REFILLED)[family]()), budget=64)
+    results = together(*(episode(tested, i, 3, Sampling(max_tokens=4)) for i in range(5)))
+    pairs = [pair for prompts, samples in results for pair in zip(prompts, samples, strict=True)]
+    requests = [
+        ScoreRequest([*ids, *sample.ids], range(len(ids), len(ids) + len(sample.ids)))
+        for ids, sample in pairs
+    ]
+    scores = asyncio.run(tested.score([*requests, ScoreRequest([1, 2], [])]))
+    for (_, sample), score in zip(pairs, scores, strict=False):
+        np.testing.assert_allclose(score.logp, sample.logp, atol=1e-4)
+        assert (score.entropy > 0).all() and (score.entropy <= math.log(61) + 1e-5).all()
+    assert len(scores[-1].logp) == 0 and tested.score_now([]) == []
+
+
+@pytest.mark.parametrize(
+    ("request_", "problem"),
+    [
+        (ScoreRequest([1, 2], [0]), r"positions must lie in 1\.\.1"),
+        (ScoreRequest([1, 2], [2]), r"positions must lie in 1\.\.1"),
+        (ScoreRequest([1, 2, 3], [2, 1]), "positions must increase"),
+        (ScoreRequest([1, 61], [1]), r"ids 1\.\.61 exceed 0\.\.60"),
+        (ScoreRequest([1] * 161, [1]), "161 ids exceed max_position_embeddings=160"),
+    ],
+)
+def test_scoring_refuses_by_number(request_: ScoreRequest, problem: str) -> None:
+    """The message names the request that is wrong."""
+    with pytest.raises(EngineError, match=f"score request 1: {problem}"):
+        engine().score_now([ScoreRequest([1, 2], [1]), request_])
+
+
+def test_waiting_requests_share_a_forward() -> None:
+    """16 concurrent requests: one prefill, then one forward per further token."""
+    model = build(KEPT["llama"]())
+    tested = engine(model, stop_ids=[])
+    with forwards(model) as shapes:
+        calls = (tested.generate(prompt(i, 4 + i % 3), GREEDY) for i in range(16))
+        together(*calls)
+    assert shapes == [(16, 6), (16, 1), (16, 1)]
+
+
+def test_rows_leave_the_batch_when_they_are_done() -> None:
+    """The longest response runs alone at the end, whatever its place; nobody waits for it twice."""
+    model = build(KEPT["llama"]())
+    tested = engine(model, stop_ids=[])
+    lengths = [1, 9, 2, 1, 1, 3, 1, 1]
+    asked = [Sampling(temperature=0, max_tokens=n) for n in lengths]
+    with forwards(model) as shapes:
+        samples = together(
+            *(tested.generate(prompt(i, 5), s, session=str(i)) for i, s in enumerate(asked))
+        )
+    assert [s.usage.output for s in samples] == lengths
+    assert [rows for rows, _ in shapes] == [8, 5, 5, 1, 1, 1, 1, 1, 1]
+    for i, sample in enumerate(samples):
+        assert list(sample.ids) == plain_greedy(model, prompt(i, 5), lengths[i])
+
+
+def test_a_stop_id_ends_a_response_and_is_part_of_it() -> None:
+    """Ids include the end, text does not show special tokens."""
+    model = build(KEPT["llama"]())
+    first = plain_greedy(model, [7, 8], 1)[0]
+    ended, open_ = together(
+        engine(model, stop_ids=[first]).generate([7, 8], GREEDY),
+        engine(model, stop_ids=[]).generate([7, 8], GREEDY),
+    )
+    assert (ended.ids, ended.stop, ended.usage.output) == ((first,), "stop", 1)
+    assert (len(open_.ids), open_.stop, open_.ids[0]) == (3, "length", first)
+    assert ended.text == WORDS[first]
+    nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.weight.data[END] = 1000 * model.model.norm(torch.ones(64))
+    model.lm_head.weight.data[END] = model(
+        input_ids=torch.tensor([[7, 8]]), output_hidden_states=True
+    ).hidden_states[-1][0, -1]
+    (sample,) = together(engine(model).generate([7, 8], GREEDY))
+    assert (sample.ids, sample.text, sample.stop) == ((END,), "", "stop")
+
+
+def test_ends_of_another_tokenizer_are_not_taken_over() -> None:
+    """A bare Llama configuration calls id 2 the end, which is a word here."""
+    model = build(KEPT["llama"]())
+    assert model.generation_config.eos_token_id == 2
+    assert engine(model).stop_ids == {END}
+    silent = tokenizer()
+    silent.eos_token = None
+    (note,) = HFEngine(model, silent).capabilities.notes
+    assert "every response runs to max_tokens" in note
+
+
+def test_uneven_prompts_are_prefilled_apart() -> None:
+    """One long prompt does not pad 20 short ones to its length."""
+    model = build(KEPT["gpt2"]())
+    tested = engine(model, stop_ids=[])
+    one = Sampling(temperature=0, max_tokens=1)
+    prompts = [prompt(i, 150 if i == 4 else 3) for i in range(21)]
+    with forwards(model) as shapes:
+        samples = together(*(tested.generate(ids, one) for ids in prompts))
+    assert shapes == [(1, 150), (20, 3)]
+    for ids, sample in zip(prompts, samples, strict=True):
+        assert list(sample.ids) == plain_greedy(model, ids, 1)
+
+
+def weights_change(tested: HFEngine, publish: Callable[[int], None]) -> tuple[Sample, list[int]]:
+    """Second turn of a session between whose turns the weights changed; its answer and its ids."""
+    ids = prompt(3, 30)
+    (first,) = together(tested.generate(ids, GREEDY, session="a"))
+    tested.model.load_state_dict(build(KEPT["llama"](), seed=9).state_dict())
+    publish(7)
+    ids = [*ids, *first.ids, 5, 6]
+    (second,) = together(tested.generate(ids, Sampling(temperature=0, max_tokens=9), session="a"))
+    return second, ids
+
+
+def test_publish_drops_what_old_weights_computed() -> None:
+    """After new weights everything is computed again."""
+    tested = engine(stop_ids=[])
+    sample, ids = weights_change(tested, tested.publish)
+    assert sample.version == 7
+    assert (sample.usage.input, sample.usage.cache_read) == (35, 0)
+    assert list(sample.ids) == plain_greedy(tested.model, ids, 9)
+
+
+def test_stale_kv_would_be_seen() -> None:
+    """Planted fault: slots that survive new weights change the answer of the test above."""
+    tested = engine(stop_ids=[])
+    sample, ids = weights_change(tested, lambda version: Engine.publish(tested, version))
+    assert sample.usage.cache_read == 32
+    assert list(sample.ids) != plain_greedy(tested.model, ids, 9)
+
+
+def test_the_session_used_longest_ago_makes_room() -> None:
+    """Two slots, three sessions: b is forgotten, a and c are kept; answers stay right."""
+    tested = engine(max_slots=2, stop_ids=[])
+    one = Sampling(temperature=0, max_tokens=1)
+
+    def ask(session: str, ids: list[int]) -> int:
+        (sample,) = together(tested.generate(ids, one, session=session))
+        assert list(sample.ids) == plain_greedy(tested.model, ids, 1)
+        return sample.usage.cache_read
+
+    a, b, c = (prompt(i, 5) for i in range(3))
+    assert [ask("a", a), ask("b", b), ask("a", [*a, 1]), ask("c", c)] == [0, 0, 5, 0]
+    assert [ask("a", [*a, 1, 2]), ask("c", [*c, 1]), ask("b", [*b, 1])] == [6, 5, 0]
+
+
+def test_more_sessions_than_slots_stay_right() -> None:
+    """Batches are cut to the slots, and slots of the running batch are never taken."""
+    model = build(KEPT["qwen3"]())
+    tested = engine(model, max_slots=3)
+    for prompts, samples in together(*(episode(tested, i, 4, GREEDY, pauses=1) for i in range(8))):
+        for ids, sample in zip(prompts, samples, strict=True):
+            assert list(sample.ids) == plain_greedy(model, ids, 3)
+
+
+def test_release_forgets_and_others_move_up() -> None:
+    """A released session starts anew; those that remain keep theirs, wherever it lies now."""
+    tested = engine(stop_ids=[])
+    one = Sampling(temperature=0, max_tokens=1)
+    prompts = {str(i): prompt(i, 6) for i in range(9)}
+
+    def turn(names: Sequence[str]) -> list[Sample]:
+        return together(*(tested.generate(prompts[n], one, session=n) for n in names))
+
+    turn(list(prompts))
+    for name in "0135":
+        tested.release(name)
+    tested.release("nobody")
+    for name in prompts:
+        prompts[name] = [*prompts[name], 3, 4]
+    with forwards(tested.model) as shapes:
+        left = turn("24678")
+        assert shapes == [(5, 2)]
+    for name, sample in zip("24678", left, strict=True):
+        assert (sample.usage.input, sample.usage.cache_read) == (2, 6)
+        assert list(sample.ids) == plain_greedy(tested.model, prompts[name], 1)
+    assert [s.usage.cache_read for s in turn("01")] == [0, 0]
+
+
+def test_only_the_common_prefix_is_reused() -> None:
+    """An edited history is computed from the first difference on; the same prompt from its end."""
+    tested = engine(stop_ids=[])
+    ids = prompt(1, 12)
+    reads = []
+    for asked in (ids, ids, [*ids[:7], 59, 3], ids[:4], [*ids[:4], 9]):
+        (sample,) = together(tested.generate(asked, GREEDY, session="a"))
+        assert list(sample.ids) == plain_greedy(tested.model, asked, 3)
+        reads.append(sample.usage.cache_read)
+    assert reads == [0, 11, 7, 3, 4]
+
+
+def test_a_session_twice_in_one_batch_is_harmless() -> None:
+    """Two requests of one session at once do not write into each other's slot."""
+    tested = engine(stop_ids=[])
+    for _ in range(2):
+        both = [prompt(1, 9), prompt(2, 7)]
+        samples = together(*(tested.generate(ids, GREEDY, session="a") for ids in both))
+        for ids, sample in zip(both, samples, strict=True):
+            assert list(sample.ids) == plain_greedy(tested.model, ids, 3)
+
+
+def test_without_reuse_nothing_is_kept() -> None:
+    """``reuse_kv=False`` computes every prompt anew."""
+    tested = engine(reuse_kv=False)
+    for prompts, samples in together(*(episode(tested, i, 3, GREEDY) for i in range(4))):
+        for ids, sample in zip(prompts, samples, strict=True):
+            assert sample.usage.cache_read == 0
+            assert list(sample.ids) == plain_greedy(tested.model, ids, 3)
+
+
+@pytest.mark.parametrize(
+    ("ids", "sampling", "problem"),
+    [
+        (
+            prompt(1, 158),
+            GREEDY,
+            r"158 prompt tokens and max_tokens=3 do not fit into max_position_embeddings=160",
+        ),
+        ([], GREEDY, "0 prompt tokens"),
+        ([1], Sampling(max_tokens=0), "max_tokens=0"),
+        ([1, 61], GREEDY, r"prompt ids 1\.\.61 exceed 0\.\.60"),
+        ([1, -1], GREEDY, r"prompt ids -1\.\.1 exceed"),
+        ([1], Sampling(temperature=-1), "temperature >= 0"),
+        ([1], Sampling(top_p=0), "top_p <= 1"),
+    ],
+)
+def test_a_bad_request_fails_alone(ids: list[int], sampling: Sampling, problem: str) -> None:
+    """Its neighbours in the batch get their answers."""
+    tested = engine(stop_ids=[])
+    before, bad, after = together(
+        tested.generate([1, 2], GREEDY),
+        tested.generate(ids, sampling, session="bad"),
+        tested.generate([3, 4], GREEDY),
+    )
+    assert list(before.ids) == plain_greedy(tested.model, [1, 2], 3)
+    assert list(after.ids) == plain_greedy(tested.model, [3, 4], 3)
+    with pytest.raises(EngineError, match=problem):
+        raise bad
+
+
+def test_a_full_context_is_allowed() -> None:
+    """Prompt and response that fill the positions exactly."""
+    tested = engine(stop_ids=[])
+    (sample,) = together(tested.generate(prompt(1, 157), GREEDY))
+    assert list(sample.ids) == plain_greedy(tested.model, prompt(1, 157), 3)
+
+
+def test_an_unexpected_error_fails_its_batch_and_nothing_else() -> None:
+    """Everybody in the batch hears of it; the next batch, of kept sessions too, is right."""
+    tested = engine(max_batch=2, stop_ids=[])
+    ids = [prompt(i, 6) for i in range(4)]
+    names = ["a", "b", "c", "d"]
+    together(*(tested.generate(i, GREEDY, session=n) for i, n in zip(ids, names, strict=True)))
+    calls = []
+
+    def explode(_module: nn.Module, _inputs: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+
+    hook = tested.model.model.layers[1].register_forward_pre_hook(explode)
+    longer = [[*i, 1, 2] for i in ids]
+    results = together(
+        *(tested.generate(i, GREEDY, session=n) for i, n in zip(longer, names, strict=True))
+    )
+    hook.remove()
+    for failed in results[:2]:
+        assert isinstance(failed, EngineError) and isinstance(failed.__cause__, MemoryError)
+        assert str(failed) == "batch of 2 failed: MemoryError: no room"
+    assert results[0] is not results[1]
+    for asked, sample in zip(longer[2:], results[2:], strict=True):
+        assert list(sample.ids) == plain_greedy(tested.model, asked, 3)
+    for asked, name in zip(longer, names, strict=True):
+        (sample,) = together(tested.generate(asked, GREEDY, session=name))
+        assert list(sample.ids) == plain_greedy(tested.model, asked, 3)
+
+
+def test_numbers_that_are_not_finite_fail_and_leave_no_trace() -> None:
+    """NaN in the weights is an error, not a sample; after repair the same session is right."""
+    tested = engine(stop_ids=[])
+    weight = tested.model.model.layers[0].mlp.up_proj.weight
+    good = weight.detach().clone()
+    weight.data[0, 0] = float("nan")
+    for sampling in (GREEDY, Sampling(max_tokens=3)):
+        (failed,) = together(tested.generate([1, 2, 3], sampling, session="a"))
+        assert isinstance(failed, EngineError) and "not finite" in str(failed)
+    weight.data.copy_(good)
+    (sample,) = together(tested.generate([1, 2, 3, 4], GREEDY, session="a"))
+    assert sample.usage.cache_read == 0
+    assert list(sample.ids) == plain_greedy(tested.model, [1, 2, 3, 4], 3)
+
+
+def test_a_cancelled_request_does_not_disturb() -> None:
+    """Cancelled before its batch: it is left out, the others get their answers."""
+    tested = engine(stop_ids=[])
+
+    async def run() -> list[Sample]:
+        tasks = [asyncio.ensure_future(tested.generate([i, 1], GREEDY)) for i in range(4)]
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with forwards(tested.model) as shapes:
+        results = asyncio.run(run())
+    assert shapes[0] == (3, 2)
+    assert isinstance(results[1], asyncio.CancelledError)
+    for i in (0, 2, 3):
+        assert list(results[i].ids) == plain_greedy(tested.model, [i, 1], 3)
+
+
+def test_an_interrupted_loop_leaves_the_engine_usable() -> None:
+    """What waited in a loop that was stopped never runs; the next loop starts afresh."""
+    tested = engine(stop_ids=[])
+
+    async def interrupted() -> None:
+        waiting = asyncio.ensure_future(tested.generate([1, 2], GREEDY))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(interrupted())
+    with forwards(tested.model) as shapes:
+        (sample,) = together(tested.generate([3, 4], GREEDY))
+    assert [rows for rows, _ in shapes] == [1, 1, 1]
+    assert list(sample.ids) == plain_greedy(tested.model, [3, 4], 3)
+
+
+def test_the_module_is_left_as_it_was() -> None:
+    """Dropout is off while generating; every submodule has its own mode afterwards."""
+    model = build(GPT2Config and KEPT["gpt2"]()).train()
+    model.transformer.drop.eval()
+    modes = [module.training for module in model.modules()]
+    tested = engine(model, stop_ids=[])
+    one, two = (together(tested.generate([1, 2, 3], GREEDY))[0] for _ in range(2))
+    tested.score_now([ScoreRequest([1, 2], [1])])
+    assert [module.training for module in model.modules()] == modes
+    assert one.logp == pytest.approx(two.logp)
+    assert list(one.ids) == plain_greedy(model.eval(), [1, 2, 3], 3)
+    model(input_ids=torch.tensor([[1, 2]])).logits.sum().backward()  # still trainable
+
+
+def test_unknown_changes_of_the_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that does something of its own after the head cannot be run by its parts."""
+    model = build(KEPT["llama"]())
+    plain = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(EngineError, match="changes its logits"):
+        engine(model)
+
+
+def test_prompts_may_be_arrays() -> None:
+    """Numpy arrays and tensors of ids are prompts too."""
+    tested = engine(stop_ids=[])
+    ids = [4, 5, 6]
+    one, two, three = together(
+        tested.generate(ids, GREEDY),
+        tested.generate(np.array(ids), GREEDY),  # type: ignore[arg-type]
+        tested.generate(torch.tensor(ids), GREEDY),  # type: ignore[arg-type]
+    )
+    assert one.ids == two.ids == three.ids
+
+
+def test_a_closed_engine_refuses() -> None:
+    """Requests that wait and requests that come are told so."""
+    tested = engine()
+
+    async def run() -> list[Any]:
+        waiting = asyncio.ensure_future(tested.generate([1, 2], GREEDY))
+        await asyncio.sleep(0)
+        await tested.close()
+        late = asyncio.ensure_future(tested.generate([1, 2], GREEDY))
+        return await asyncio.gather(waiting, late, return_exceptions=True)
+
+    for error in asyncio.run(run()):
+        assert isinstance(error, EngineError) and "closed" in str(error)
+
+
+def test_capabilities() -> None:
+    """Weights in this process can do everything."""
+    able = engine().capabilities
+    assert able.ids and able.sampled and able.full and able.train
