@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agentdistill.config import StageConfig
+from agentdistill.files import refusing
 
 
 class Callback:
@@ -64,15 +65,18 @@ class JsonLines(Callback):
     def on_stage_start(self, stage: StageConfig, folder: Path, iteration: int) -> None:
         """Keep the lines before ``iteration``, drop torn ones, and append from there."""
         path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(path) if line["iteration"] < iteration]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._files[stage.name] = path.open("a", buffering=1)
+        with refusing(path):
+            kept = [line for line in _lines(path) if line["iteration"] < iteration]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self._files[stage.name] = path.open("a", buffering=1)
 
     def on_iteration(
         self, stage: StageConfig, iteration: int, metrics: Mapping[str, Any], progress: float
     ) -> None:
         """One line."""
-        self._files[stage.name].write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+        file = self._files[stage.name]
+        with refusing(Path(file.name)):
+            file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
 
     def on_stage_end(self, stage: StageConfig, summary: Mapping[str, Any]) -> None:
         """Close the file."""

@@ -28,6 +28,9 @@ from pydantic import (
 from agentdistill.errors import ConfigError
 from agentdistill.records import digest
 
+Over = Literal["token", "turn", "step", "stream", "trajectory", "group"]
+"""The index set of a mean; here, so that a method can be read without torch."""
+
 
 class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, and defaults that are checked too."""

@@ -36,6 +36,11 @@ class MissingExtraError(AgentDistillError, ImportError):
     def __init__(self, feature: str, extra: str) -> None:
         """Say that ``feature`` needs ``pip install 'agentdistill[extra]'``."""
         super().__init__(f"{feature} needs extra packages: pip install 'agentdistill[{extra}]'")
+        self._arguments = feature, extra
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        """Errors travel between processes."""
+        return type(self), self._arguments
 
 
 class EnvError(AgentDistillError, RuntimeError):

@@ -169,7 +169,8 @@ class Training:
         metrics.update(of_trajectories(trajectories), **of_table(table, self.axes))
         metrics.update({f"total/{name}": value for name, value in self.totals.items()})
         metrics.update(clock.seconds)
-        self.store.commit(self.stage.name, n, shards, {"totals": self.totals})
+        if shards:  # an iteration on recorded episodes leaves nothing but weights: its checkpoint
+            self.store.commit(self.stage.name, n, shards, {"totals": self.totals})
         return metrics
 
     def _count(self, trajectories: Sequence[Trajectory], scored: int) -> None:

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from agentdistill.config import Over
 from agentdistill.table import Table, column
 from agentdistill.views import PLAIN
 from agentdistill.weighting import count_units, reduce_weights, tokens_per_unit
-
-Over = Literal["token", "turn", "step", "stream", "trajectory", "group"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,8 @@ class Term:
         weight: column of detached row weights, or None for ones.
         over: the index set of the mean: every unit counts the same, and within a unit every row.
         shared: boolean column whose rows define the denominators in place of the term's own
-            (SRPO's shared denominator); None takes the term's own.
+            (SRPO's shared denominator), and which holds all of the term's; None takes the term's
+            own.
     """
 
     name: str
@@ -98,16 +97,22 @@ class Term:
         Args:
             table: the table.
             batch: rows of this optimiser batch [N], bool.
-            total: sums a number over all ranks.
+            total: sums a number over all ranks. All rows of a unit must be on one rank: give
+                whole groups to a rank where ``over`` is group.
+
+        Raises:
+            ValueError: the rows of ``shared`` do not hold those of the term.
         """
         mask = self.mask(table) & batch
         base = mask if self.shared is None else table[self.shared] & batch
-        unit = None if self.over == "token" else table.index[self.over]
+        if bool((mask & ~base).any()):
+            raise ValueError(f"term {self.name}: column {self.shared} lacks rows of the term")
+        unit = None if self.over == "token" else table.units(self.over)
         units = int(total(torch.tensor(count_units(unit, base))))
         inner = None if unit is None else tokens_per_unit(unit, base)
         weights = reduce_weights(unit, mask, units=units, unit_tokens=inner)
         if self.weight is not None:
-            weights = weights * table[self.weight]
+            weights = torch.where(mask, weights * table[self.weight], 0.0)
         return self.coef * weights
 
 

@@ -59,11 +59,17 @@ class Batch:
         return {**losses, "entropy": self.entropy, "rows": self.rows, "trained_tokens": self.tokens}
 
 
-def all_sum(value: Tensor) -> Tensor:
-    """``value`` summed over ranks where torch.distributed runs, else itself."""
+def _distributed() -> bool:
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
+    return dist.is_available() and dist.is_initialized()
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """``value`` summed over ranks where torch.distributed runs, else itself."""
+    if _distributed():
+        import torch.distributed as dist
+
         value = value.clone()
         dist.all_reduce(value)
     return value
@@ -88,16 +94,22 @@ def backward(
         heads: output head of each scorer that a divergence names.
         micro_tokens: ids per forward pass.
         trajectories: numbers of the trajectories in this optimiser batch; None takes all.
-            Every row's loss before weighting is left in the columns ``loss/<term>``.
         chunk_rows: rows per chunk of the head; None follows :data:`CHUNK_BYTES`.
+
+    The loss of every row with weight, before weighting, is left in the columns ``loss/<term>``.
+
+    Raises:
+        ValueError: two terms have one name.
     """
     batch = torch.ones(len(table), dtype=torch.bool)
     if trajectories is not None:
         chosen = torch.zeros(len(table.trajectories), dtype=torch.bool)
         chosen[list(trajectories)] = True
         batch = chosen[table.index["trajectory"]]
+    if len({term.name for term in terms}) < len(terms):
+        raise ValueError(f"terms need different names: {', '.join(term.name for term in terms)}")
     weights = {term.name: term.row_weights(table, batch, all_sum) for term in terms}
-    result = Batch()
+    result = Batch({term.name: 0.0 for term in terms})
     for term in terms:
         table.columns.setdefault(f"loss/{term.name}", torch.full((len(table),), float("nan")))
     for view in dict.fromkeys(term.view for term in terms):
@@ -169,18 +181,26 @@ def _chunk(
     """Loss and gradient, down to the hidden states, of one chunk of rows."""
     device = leaf.device
     hidden = leaf[start : start + len(rows)]
-    student_NV = logits(model, hidden).float()
+    student_NV = logits(model, hidden)
+    student_NV = student_NV.to(torch.promote_types(student_NV.dtype, torch.float32))
     token = table.index["token"][rows].to(device)
     logp = student_NV.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
     total = torch.zeros((), device=device)
     for term in terms:
-        weight = weights[term.name][rows].to(device)
-        values = _values(term, table, rows, logp, student_NV, heads)
-        # 0 · inf is not a number: rows without weight must not reach the sum.
-        loss = torch.where(weight != 0, weight * values, 0.0).sum()
+        weight = weights[term.name][rows]
+        # Rows without weight must not be computed: what the term reads there may be NaN, and a
+        # gradient of 0 · NaN is NaN, whatever is masked afterwards.
+        mine = weight.nonzero().squeeze(1)
+        if not len(mine):
+            continue
+        live = (logp, student_NV)
+        if len(mine) < len(rows):
+            live = (logp[mine.to(device)], student_NV[mine.to(device)])
+        values = _values(term, table, rows[mine], *live, heads)
+        loss = (weight[mine].to(device) * values).sum()
         total = total + loss
-        result.losses[term.name] = result.losses.get(term.name, 0.0) + float(loss.detach())
-        table.columns[f"loss/{term.name}"][rows] = values.detach().float().cpu()
+        result.losses[term.name] += float(loss.detach())
+        table.columns[f"loss/{term.name}"][rows[mine]] = values.detach().float().cpu()
     result.entropy += float(entropy(student_NV.detach()).sum())
     total.backward()  # type: ignore[no-untyped-call]
 
@@ -235,6 +255,9 @@ class Optimiser:
             progress: share of the stage that is done, for the learning rate.
         """
         for parameter in self.parameters:
+            if parameter.grad is None and _distributed():
+                # Another rank may have one, and a sum needs all of them.
+                parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
                 parameter.grad = all_sum(parameter.grad)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.stage.clip_norm))

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TypeVar
 
 from agentdistill import actions
 from agentdistill.actions import Parsed
 from agentdistill.engines.base import Engine, Sample, Sampling
 from agentdistill.envs.base import TextEnv
+from agentdistill.errors import AgentDistillError, EnvError
 from agentdistill.records import Actor, Alternative, Author, Task, Turn, Usage, Verdict, digest
 from agentdistill.render import Conversation, Renderer, Reply
+
+T = TypeVar("T")
 
 
 def derive_seed(*parts: object) -> int:
@@ -111,6 +115,16 @@ class ScriptedPolicy(Policy):
         return Response(text, actions.grammar(self._grammar)(text), Actor(self.name))
 
 
+def _answer(ask: Callable[[], T]) -> T:
+    """What the environment says; whatever it raises is its fault, not the policy's."""
+    try:
+        return ask()
+    except AgentDistillError:
+        raise
+    except Exception as error:
+        raise EnvError(f"{type(error).__name__}: {error}") from error
+
+
 class ExpertPolicy(ScriptedPolicy):
     """The environment's own expert."""
 
@@ -120,7 +134,7 @@ class ExpertPolicy(ScriptedPolicy):
 
     def choose(self, episode: Episode) -> str:
         """What the expert would do now."""
-        return episode.env.expert_action() or ""
+        return _answer(episode.env.expert_action) or ""
 
 
 class RandomPolicy(ScriptedPolicy):
@@ -132,7 +146,7 @@ class RandomPolicy(ScriptedPolicy):
 
     def choose(self, episode: Episode) -> str:
         """One of the admissible actions."""
-        choices = episode.env.admissible() or list(episode.env.action_space.examples)  # type: ignore[attr-defined]
+        choices = _answer(episode.env.admissible) or list(episode.env.action_space.examples)  # type: ignore[attr-defined]
         return str(random.Random(episode.turn_seed).choice(choices))
 
 

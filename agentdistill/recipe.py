@@ -92,9 +92,9 @@ def execute(
     """
     the_run = validate(config)
     the_run.prepare()
-    if any(isinstance(stage, TrainStage) for stage in config.stages):
-        _prepare_torch(the_run)
     jobs = _jobs(the_run, only)
+    if jobs and any(isinstance(stage, TrainStage) for stage in config.stages):
+        _prepare_torch(the_run)
     callback = Callbacks([JsonLines(), *callbacks])
     runner = _in_processes if config.workers > 1 and len(jobs) > 1 else _one_by_one
     runner(the_run, jobs, callback)
@@ -244,20 +244,21 @@ def _in_processes(the_run: Run, jobs: Sequence[Job], callback: Callback) -> None
 
     context = multiprocessing.get_context("fork")
     _EVENTS = context.SimpleQueue()
-    listener = threading.Thread(target=_listen, args=(_EVENTS, callback), daemon=True)
+    failures: list[BaseException] = []
+    listener = threading.Thread(target=_listen, args=(_EVENTS, callback, failures), daemon=True)
     with ProcessPoolExecutor(
         the_run.config.workers, mp_context=context, initializer=_leave_interrupts_to_the_parent
     ) as pool:
         try:
-            _schedule(the_run, jobs, pool, listener)
+            _schedule(the_run, jobs, pool, listener, failures)
         except BaseException:
             for process in list((pool._processes or {}).values()):
                 process.terminate()
-            raise
-        finally:
-            _EVENTS.put(None)
-            if listener.is_alive():
-                listener.join()
+            raise  # without the listener: what was killed may have held the queue's lock
+        _EVENTS.put(None)
+        listener.join()
+    if failures:
+        raise failures[0]
 
 
 def _leave_interrupts_to_the_parent() -> None:
@@ -265,7 +266,11 @@ def _leave_interrupts_to_the_parent() -> None:
 
 
 def _schedule(
-    the_run: Run, jobs: Sequence[Job], pool: ProcessPoolExecutor, listener: threading.Thread
+    the_run: Run,
+    jobs: Sequence[Job],
+    pool: ProcessPoolExecutor,
+    listener: threading.Thread,
+    failures: Sequence[BaseException],
 ) -> None:
     waiting = list(jobs)
     running: dict[Future[None], Job] = {}
@@ -277,7 +282,9 @@ def _schedule(
             running[pool.submit(_child, the_run.config, job, os.getpid())] = job
         if not listener.ident:  # started after the fork: a thread does not survive one
             listener.start()
-        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+        if failures:
+            raise failures[0]
         for future in done:
             job = running.pop(future)
             future.result()
@@ -285,7 +292,12 @@ def _schedule(
                 unfinished.discard(job.name)
 
 
-def _listen(events: Any, callback: Callback) -> None:
+def _listen(events: Any, callback: Callback, failures: list[BaseException]) -> None:
+    """Hand events to ``callback``; after it failed, still read, or the senders would block."""
     while (event := events.get()) is not None:
         name, arguments = event
-        getattr(callback, name)(*arguments)
+        try:
+            if not failures:
+                getattr(callback, name)(*arguments)
+        except BaseException as error:  # raised again by the thread that runs the recipe
+            failures.append(error)

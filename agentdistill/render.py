@@ -36,7 +36,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Ids of ``text``."""
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    def decode(
+        self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str:
         """Text of ``ids``."""
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
@@ -71,8 +73,12 @@ class Frames:
         """Read the frames off ``tokenizer``'s chat template.
 
         Raises:
-            ConfigError: there is no chat template, or it has no end-of-turn token after a response.
+            ConfigError: there is no chat template, it refuses a conversation, or it has no
+                end-of-turn token after a response.
         """
+        end = tokenizer.eos_token
+        if not end:
+            raise ConfigError(_NO_END, key="eos_token", value=end)
 
         def render(*contents: str, system: str | None = None) -> str:
             roles = ("user", "assistant")
@@ -88,20 +94,16 @@ class Frames:
         try:
             head, reply = _cut(render(first), first)
             _, rest = _cut(render(first, said, second), said)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(f"the tokenizer has no usable chat template ({error})") from error
-        between, _ = _cut(rest, second)
-        if not between.startswith(tokenizer.eos_token):
-            raise ConfigError(
-                "the chat template puts no end-of-turn token after a response; set the tokenizer's "
-                "eos_token to the one the template writes",
-                key="eos_token",
-                value=tokenizer.eos_token,
-            )
-        between = between[len(tokenizer.eos_token) :]
+            between, _ = _cut(rest, second)
+        except Exception as error:  # templates raise whatever they like
+            line = " ".join(str(error).split())
+            raise ConfigError(f"the tokenizer has no usable chat template ({line})") from error
+        if not between.startswith(end):
+            raise ConfigError(_NO_END, key="eos_token", value=end)
+        between = between[len(end) :]
         system, after = _probe_system(render, rules, first, head)
         frames = cls(system, after, head, reply, between)
-        joined = frames._join(tokenizer.eos_token, first, said, second)
+        joined = frames._join(end, first, said, second)
         note = "earlier turns are rendered differently by the template itself"
         return (
             frames
@@ -119,6 +121,12 @@ class Frames:
         if self.system is None:
             return f"{self.head}{instruction}\n\n"
         return self.system + instruction + self.after_system
+
+
+_NO_END = (
+    "the chat template puts no end-of-turn token after a response; set the tokenizer's "
+    "eos_token to the one the template writes"
+)
 
 
 def _cut(text: str, marker: str) -> tuple[str, str]:
@@ -186,9 +194,9 @@ class Renderer:
         lead = self._opening if first else self.frames.between
         return self.encode(lead + shown + self.frames.reply)
 
-    def written(self, text: str, author: Author = Author.ACTOR) -> Reply:
-        """A response that exists only as text, as tokens with its end of turn."""
-        ids = (*self.encode(text), self.end)
+    def written(self, text: str, author: Author = Author.ACTOR, *, ended: bool = True) -> Reply:
+        """A response that exists only as text, as tokens, with its end of turn if it ``ended``."""
+        ids = (*self.encode(text), self.end) if ended else self.encode(text)
         return Reply(ids, self.kinds(ids, self.grammar(text)), author)
 
     def kinds(self, ids: Sequence[int], parsed: Parsed) -> tuple[int, ...]:
@@ -205,17 +213,25 @@ class Renderer:
         body = len(ids) - 1 if ids and ids[-1] == self.end else len(ids)
         if body <= 1:
             return 0, body
-        start = self._prefix(ids, span[0] + 1, body) - 1
-        return start, max(start + 1, self._prefix(ids, span[1], body))
+        start, end = (self._token_at(ids, char, body) for char in span)
+        last = slice(span[1])
+        if self._text(ids[:end])[last] != self._text(ids[:body])[last]:
+            end += 1  # this token holds the end of the span and the beginning of what follows
+        return start, end
 
-    def _prefix(self, ids: Sequence[int], length: int, high: int) -> int:
-        """Smallest n such that the first n tokens decode to at least ``length`` characters."""
-        low = 0
+    def _token_at(self, ids: Sequence[int], char: int, body: int) -> int:
+        """Number of the token in which character ``char`` begins; ``body`` beyond the text."""
+        low, high = 0, body + 1
         while low < high:
             middle = (low + high) // 2
-            text = self.tokenizer.decode(list(ids[:middle]), skip_special_tokens=True)
-            low, high = (low, middle) if len(text) >= length else (middle + 1, high)
-        return low
+            longer = len(self._text(ids[:middle])) > char
+            low, high = (low, middle) if longer else (middle + 1, high)
+        return low - 1
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """As the engines decode, or character positions would not fit their texts."""
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(list(ids), **options)
 
 
 class Conversation:
@@ -276,16 +292,23 @@ def materialise(trajectory: Trajectory, renderer: Renderer) -> Trajectory:
     conversation, builder = Conversation(renderer), StreamBuilder()
     turns: list[Turn] = []
     for turn in trajectory.turns:
-        reply = renderer.written(turn.text, turn.author)
-        if turn.author is Author.REPLAY:
-            turns.append(dataclasses.replace(turn, span=None))
-        else:
+        replay = turn.author is Author.REPLAY
+        # A later prompt shows a response again: there it is context (a row is there only once).
+        shown_as = Author.REPLAY if replay else Author.CONTEXT
+        reply = renderer.written(turn.text, shown_as, ended=turn.stop != "length")
+        span = None
+        if not replay:
             ids, authors = conversation.ask(turn.observation)
             nobody = [float("nan")] * len(reply.ids)
             span = builder.extend(
-                ids, reply.ids, logp=nobody, kind=reply.kinds, prompt_author=authors
+                ids,
+                reply.ids,
+                logp=nobody,
+                kind=reply.kinds,
+                author=turn.author,
+                prompt_author=authors,
             )
-            turns.append(dataclasses.replace(turn, span=span))
+        turns.append(dataclasses.replace(turn, span=span))
         conversation.add(turn.observation, reply)
     provenance = {**trajectory.provenance, "renderer": renderer.fingerprint}
     return dataclasses.replace(

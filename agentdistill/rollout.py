@@ -4,6 +4,7 @@ Invariants
 ----------
 * A bad rollout is data: faults of environments and engines, time-outs and limits end the episode
   with their kind on record; they never lose the others. Programming errors still propagate.
+* Whatever ends :func:`rollout`, no task of it is left running and every environment is closed.
 * An episode's outcome depends on its request (task, start, seed) and the policy's weights only.
 * How an environment runs is what its card asks for (:data:`~agentdistill.envs.base.ISOLATIONS`):
   ``inline`` in the event loop, ``thread`` in a worker thread so that a slow step stalls nobody.
@@ -12,8 +13,10 @@ Invariants
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -21,12 +24,13 @@ from typing import Any, TypeVar
 from agentdistill import actions
 from agentdistill.config import LimitsConfig
 from agentdistill.envs.base import TextEnv
-from agentdistill.errors import ConfigError, EngineError
+from agentdistill.errors import ConfigError, EngineError, EnvError
 from agentdistill.policy import Episode, Policy, Response
 from agentdistill.records import (
     Actor,
     Author,
     Fault,
+    Span,
     Start,
     StepResult,
     StreamBuilder,
@@ -38,6 +42,9 @@ from agentdistill.records import (
 from agentdistill.render import Reply
 
 T = TypeVar("T")
+
+_NUMBERS = itertools.count()
+"""Of the episodes of this process: equal requests that run side by side must not share a name."""
 
 NO_LIMITS = LimitsConfig()
 
@@ -72,9 +79,9 @@ class Request:
 class _Stop(Exception):
     """Ends an episode from inside, with the name of the end."""
 
-    def __init__(self, end: str, message: str = "") -> None:
+    def __init__(self, end: str, message: str = "", turn: int = 0) -> None:
         super().__init__(message)
-        self.end = end
+        self.end, self.turn = end, turn
 
 
 class Player:
@@ -89,13 +96,14 @@ class Player:
         max_turns: int | None = None,
         limits: LimitsConfig = NO_LIMITS,
         grammar: str = "plain",
+        threads: Executor | None = None,
     ) -> None:
-        """``grammar`` is how replayed actions are written into the history."""
-        self._policy, self._env, self._request = policy, env, request
+        """See :func:`rollout`; ``threads`` run the calls of environments that are not inline."""
+        self._policy, self._env, self._request, self._threads = policy, env, request, threads
         self._max_turns, self._limits, self._grammar = max_turns, limits, grammar
         self._builder = StreamBuilder()
         self._began = time.monotonic()
-        self._tokens = 0
+        self._steps = self._tokens = 0
         self._episode: Episode | None = None
         self._last = StepResult("", 0.0)
 
@@ -110,7 +118,7 @@ class Player:
         except _Stop as stop:
             end = stop.end
             if end.startswith("fault:"):
-                faults.append(Fault(end.removeprefix("fault:"), str(stop), self._turns))
+                faults.append(Fault(end.removeprefix("fault:"), str(stop), stop.turn))
         finally:
             if self._episode is not None:
                 self._policy.finish(self._episode)
@@ -124,7 +132,7 @@ class Player:
         request = self._request
         task = request.task
         observation, _ = await self._env_call(lambda: self._env.reset(options={"task": task}))
-        identity = f"{request.group}/{request.sample}/{task.key}/{request.seed}"
+        identity = f"{request.group}/{request.sample}/{task.key}/{next(_NUMBERS)}"
         self._episode = Episode(identity, task, self._env, observation, request.seed)
 
     async def _replay(self) -> None:
@@ -133,9 +141,9 @@ class Player:
         for number, action in enumerate(request.start.actions):
             result = await self._env_call(partial(self._env.act, action))
             if result.terminated or result.truncated:
-                raise _Stop("fault:replay", "the replayed actions ended the episode")
+                raise self._fault("replay", "the replayed actions ended the episode")
             if request.expected is not None and request.expected[number] != result.observation:
-                raise _Stop("fault:replay", f"observation {number} differs from the recorded one")
+                raise self._fault("replay", f"observation {number} differs from the recorded one")
             turn = Turn(
                 number,
                 self._now.observation,
@@ -146,12 +154,12 @@ class Player:
                 results=(result,),
                 reward=result.reward,
             )
-            self._append(turn, None, result)
+            self._append(turn, None)
 
     async def _turn(self) -> None:
         self._check_limits()
         response = await self._ask()
-        results, verdict = await self._execute(response)
+        results, verdict, stop = await self._execute(response)
         turn = Turn(
             self._turns,
             self._now.observation,
@@ -170,7 +178,9 @@ class Player:
         reply = None
         if response.sample is not None:
             reply = Reply(response.sample.ids, response.kinds, Author.CONTEXT)
-        self._append(turn, reply, results[-1])
+        self._append(turn, reply)
+        if stop is not None:
+            raise stop
         if self._last.terminated:
             raise _Stop("success" if self._last.success else "failure")
         if self._last.truncated:
@@ -183,66 +193,94 @@ class Player:
             raise _Stop("step_limit")
         if self._request.horizon is not None and acted >= self._request.horizon:
             raise _Stop("horizon")
-        steps = sum(len(turn.results) for turn in self._now.turns)
         seconds = time.monotonic() - self._began
         for used, limit in (
-            (steps, limits.env_steps),
+            (self._steps, limits.env_steps),
             (self._tokens, limits.tokens),
             (seconds, limits.seconds),
         ):
             if limit is not None and used >= limit:
                 raise _Stop("budget")
 
-    async def _ask(self) -> Response:
-        try:
-            return await self._policy.act(self._now)
-        except TimeoutError as error:
-            raise _Stop("fault:timeout", str(error)) from error
-        except EngineError as error:
-            raise _Stop("fault:engine", str(error)) from error
+    def _fault(self, kind: str, message: str) -> _Stop:
+        return _Stop(f"fault:{kind}", message, self._turns)
 
-    async def _execute(self, response: Response) -> tuple[tuple[StepResult, ...], Verdict]:
-        """Step through the actions; an unreadable response is the empty action and costs a step."""
-        verdict = response.parsed.verdict
+    async def _ask(self) -> Response:
+        """The policy's response; one that does not come in time ends the episode."""
+        limit = self._limits.seconds
+        left = None if limit is None else self._began + limit - time.monotonic()
+        try:
+            async with asyncio.timeout(left) as clock:
+                return await self._policy.act(self._now)
+        except TimeoutError as error:
+            if clock.expired():
+                raise _Stop("budget") from error
+            raise self._fault("timeout", str(error)) from error
+        except EngineError as error:
+            raise self._fault("engine", str(error)) from error
+        except EnvError as error:
+            raise self._fault("environment", str(error)) from error
+
+    async def _execute(
+        self, response: Response
+    ) -> tuple[tuple[StepResult, ...], Verdict, _Stop | None]:
+        """Step through the actions; an unreadable response is the empty action and costs a step.
+
+        An environment that breaks is returned, not raised: what was sampled and executed until
+        then belongs on record.
+        """
+        verdict, limit = response.parsed.verdict, self._limits.env_steps
         results: list[StepResult] = []
         for action in response.parsed.actions or ("",):
-            results.append(await self._env_call(partial(self._env.act, action)))
-            if verdict is Verdict.OK and not results[-1].valid:
+            try:
+                result = await self._env_call(partial(self._env.act, action))
+            except _Stop as stop:
+                return tuple(results), verdict, stop
+            results.append(result)
+            if verdict is Verdict.OK and not result.valid:
                 verdict = Verdict.INADMISSIBLE
-            if results[-1].terminated or results[-1].truncated:
+            spent = limit is not None and self._steps + len(results) >= limit
+            if result.terminated or result.truncated or spent:
                 break
-        return tuple(results), verdict
+        return tuple(results), verdict, None
 
-    def _tokens_of(self, response: Response) -> Any:
+    def _tokens_of(self, response: Response) -> Span | None:
+        self._tokens += response.usage.output
         if response.sample is None:
             return None
         sample, (ids, authors) = response.sample, response.prompt
-        self._tokens += len(sample.ids)
         return self._builder.extend(
             ids, sample.ids, logp=sample.logp, kind=response.kinds, prompt_author=authors
         )
 
     async def _env_call(self, call: Callable[[], T]) -> T:
         """Run ``call`` as the card asks; whatever the environment raises is a fault."""
+        guarded = partial(self._guarded, call)
+        if self._env.card.isolation == "inline":
+            return guarded()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, guarded)
+
+    def _guarded(self, call: Callable[[], T]) -> T:
+        """In the thread itself: a StopIteration could not leave it, and would hang the episode."""
         try:
-            if self._env.card.isolation == "inline":
-                return call()
-            return await asyncio.to_thread(call)
+            return call()
         except ConfigError:
             raise
         except Exception as error:
-            raise _Stop("fault:environment", f"{type(error).__name__}: {error}") from error
+            raise self._fault("environment", f"{type(error).__name__}: {error}") from error
 
     @property
     def _now(self) -> Episode:
         assert self._episode is not None
         return self._episode
 
-    def _append(self, turn: Turn, reply: Reply | None, result: StepResult) -> None:
+    def _append(self, turn: Turn, reply: Reply | None) -> None:
         self._now.turns.append(turn)
         self._now.replies.append(reply)
-        self._now.observation = result.observation
-        self._last = result
+        self._steps += len(turn.results)
+        if turn.results:
+            self._last = turn.results[-1]
+            self._now.observation = self._last.observation
 
     def _record(self, end: str, faults: list[Fault]) -> Trajectory:
         request, episode = self._request, self._episode
@@ -286,49 +324,76 @@ async def rollout(
         grammar: how replayed actions are written.
         on_end: called with each trajectory as it ends (progress).
     """
-    free: list[TextEnv] = []
+    wanted = list(requests)
     gate = asyncio.Semaphore(concurrency)
+    threads = ThreadPoolExecutor(max(1, min(concurrency, len(wanted))), "agentdistill-env")
+    player = partial(
+        Player, policy, max_turns=max_turns, limits=limits, grammar=grammar, threads=threads
+    )
+    free: list[TextEnv] = []
+    alive: list[TextEnv] = []
 
     async def one(request: Request) -> Trajectory:
         async with gate:
-            env = free.pop() if free else make_env()
-            player = Player(
-                policy, env, request, max_turns=max_turns, limits=limits, grammar=grammar
-            )
-            trajectory = await player.play()
+            if not free:
+                alive.append(make_env())
+                free.append(alive[-1])
+            env = free.pop()
+            trajectory = await player(env, request).play()
             if any(fault.kind == "environment" for fault in trajectory.faults):
-                env.close()  # what broke once is not trusted again
+                alive.remove(env)
+                trajectory = _discard(env, trajectory)
             else:
                 free.append(env)
             if on_end is not None:
                 on_end(trajectory)
             return trajectory
 
-    tasks = [asyncio.ensure_future(one(request)) for request in requests]
+    tasks = [asyncio.ensure_future(one(request)) for request in wanted]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
         for task in tasks:
             task.cancel()
-        for env in free:
+        await asyncio.gather(*tasks, return_exceptions=True)
+        threads.shutdown()  # a step that is under way still uses its environment
+        for env in alive:
             env.close()
+
+
+def _discard(env: TextEnv, trajectory: Trajectory) -> Trajectory:
+    """Close what broke once and is not trusted again; that it breaks here too is on record."""
+    try:
+        env.close()
+    except Exception as error:
+        message = f"when closed: {type(error).__name__}: {error}"
+        fault = Fault("environment", message, len(trajectory.turns))
+        return replace(trajectory, faults=(*trajectory.faults, fault))
+    return trajectory
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run ``coroutine`` to its end from synchronous code, also inside a running event loop.
 
-    Notebooks have a loop of their own; there the work moves to a thread.
+    Notebooks have a loop of their own; there the work moves to a thread, and an interrupt cancels
+    it.
     """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    from concurrent.futures import ThreadPoolExecutor
+    started: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = []
+
+    async def cancellable() -> T:
+        started.append((asyncio.get_running_loop(), asyncio.current_task()))
+        return await coroutine
 
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
-
-
-def with_provenance(trajectories: Sequence[Trajectory], **facts: Any) -> list[Trajectory]:
-    """Copies with ``facts`` added to their provenance."""
-    return [replace(t, provenance={**t.provenance, **facts}) for t in trajectories]
+        future = pool.submit(asyncio.run, cancellable())
+        try:
+            return future.result()
+        except BaseException:
+            for loop, task in started:
+                if task is not None and not future.done():
+                    loop.call_soon_threadsafe(task.cancel)
+            raise

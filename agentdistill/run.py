@@ -162,9 +162,12 @@ class Run:
     def model(self, name: str) -> Loaded:
         """The model or train stage called ``name``, with its trained weights where it has some."""
         need_torch("a model")
+        import torch
+
         from agentdistill.engines.hf import HFEngine
         from agentdistill.students.local import load_weights
 
+        torch.set_num_threads(self.config.threads)
         stage = next((s for s in self.config.stages if s.name == name), None)
         key = stage.model if isinstance(stage, TrainStage) else name
         model, tokenizer = self._fresh(key)

@@ -12,7 +12,9 @@ Invariants
 * Columns that scorers add are named ``what/scorer`` for the plain view and ``what/scorer@view``
   otherwise: ``logp/sampler``, ``logp/old``, ``logp/teacher``, ``hidden/teacher``. Full logits are
   never stored.
-* A view that could not be built leaves its rows out of ``valid(view)``; it is counted, not cut.
+* A view that could not be built, or that forgot a row, leaves it out of ``valid(view)``; views that
+  could not be built are counted, not cut.
+* A view shows the very tokens of its rows; one that does not is refused.
 * Reductions go by index column, never by tensor row and never by a Python loop over tokens.
 """
 
@@ -50,6 +52,7 @@ class Table:
             author, kind.
         columns: everything that was computed or scored, [N] or [N, …].
         views: per name, one view or None per stream [S].
+        in_view: per view, whether it has each row [N], bool.
     """
 
     trajectories: list[Trajectory]
@@ -58,6 +61,7 @@ class Table:
     index: dict[str, Tensor]
     columns: dict[str, Tensor] = field(default_factory=dict)
     views: dict[str, list[View | None]] = field(default_factory=dict)
+    in_view: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -83,19 +87,40 @@ class Table:
         return values_B[self.index["trajectory"]]
 
     def add_view(self, name: str, build: ViewBuilder) -> int:
-        """Build view ``name`` of every stream; return how many could not be built."""
+        """Build view ``name`` of every stream; return how many could not be built.
+
+        Raises:
+            ValueError: a view shows other tokens than the rows.
+        """
         views = [build(self.trajectories[t], s) for t, s in self.streams]
+        valid = np.zeros(len(self), bool)
+        token = self.index["token"].numpy()
         for number, view in enumerate(views):
-            rows = int(self.offsets[number + 1] - self.offsets[number])
-            if view is not None and len(view.positions) != rows:
-                raise ValueError(f"view {name}: {len(view.positions)} positions for {rows} rows")
-        self.views[name] = views
+            if view is None:
+                continue
+            rows = self.rows(number)
+            has = view.positions > 0
+            wanted = token[rows]
+            if len(has) != len(wanted) or (view.ids[view.positions] != wanted)[has].any():
+                raise ValueError(f"view {name} shows other tokens than stream {number} of the table")
+            valid[rows] = has
+        self.views[name], self.in_view[name] = views, torch.from_numpy(valid)
         return sum(view is None for view in views)
 
     def valid(self, view: str = PLAIN) -> Tensor:
-        """Rows whose stream has the view [N], bool."""
-        built = torch.tensor([v is not None for v in self.views[view]], dtype=torch.bool)
-        return built[self.index["stream"]]
+        """Rows that the view has [N], bool."""
+        return self.in_view[view]
+
+    def units(self, over: str) -> Tensor:
+        """Ids [N] that two rows share exactly if they are in one unit of the index set ``over``.
+
+        Turns and steps are numbered within their trajectory, so their numbers alone would put the
+        first turns of all trajectories into one unit.
+        """
+        number = self.index[over]
+        if over not in ("turn", "step") or not len(self):
+            return number
+        return self.index["trajectory"] * (int(number.max()) + 1) + number
 
     def rows(self, stream: int) -> slice:
         """The rows of stream number ``stream``."""
@@ -121,11 +146,17 @@ class Table:
 
 
 def _turns(trajectory: Trajectory, stream: int, rows: Indices) -> Indices:
-    """Turn index of each row position of one stream."""
+    """Turn index of each row position of one stream: of the first response that ends after it.
+
+    By ends and not by starts, so that a forced opening before a response belongs to its turn.
+    """
     spans = [(t.span, t.index) for t in trajectory.turns if t.span and t.span.stream == stream]
-    starts = np.asarray([span.start for span, _ in spans])
+    ends = np.asarray([span.end for span, _ in spans])
     turns: Indices = np.asarray([index for _, index in spans])
-    found: Indices = turns[np.searchsorted(starts, rows, side="right") - 1]
+    which = np.searchsorted(ends, rows, side="right")
+    if which[-1] >= len(turns):
+        raise ValueError(f"trajectory {trajectory.id}: stream {stream} has rows outside its turns")
+    found: Indices = turns[which]
     return found
 
 

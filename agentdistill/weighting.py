@@ -121,5 +121,4 @@ def mean1(weights_N: Tensor, mask_N: Tensor, scope_N: Tensor | None = None) -> T
     scope_N = torch.zeros_like(mask_N, dtype=torch.long) if scope_N is None else scope_N
     index_N, scopes = _compact(scope_N, mask_N)
     mean_N = segment_mean(weights_N, index_N, mask_N, max(scopes, 1))[index_N]
-    scaled_N = _kept(weights_N, mask_N) / torch.where(mean_N == 0, 1, mean_N)
-    return _kept(scaled_N, mask_N)
+    return _kept(weights_N, mask_N) / torch.where(mean_N == 0, 1, mean_N)

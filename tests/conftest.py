@@ -1,7 +1,9 @@
 """Settings for every test, and the reasons why one is skipped.
 
 The environment variables are set before anything can import torch: one thread (tiny models get
-slower with two), no model hub, no warning about forked tokenizers.
+slower with two), no model hub, no warning about forked tokenizers. Property tests draw the same
+examples every time and have no deadline of their own, so that a slow machine changes no result;
+``pytest --hypothesis-profile default`` draws new ones.
 """
 
 from __future__ import annotations
@@ -17,6 +19,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
 
 PACKAGES = ("alfworld", "appworld", "vllm")
 

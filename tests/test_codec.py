@@ -33,7 +33,7 @@ from agentdistill.store import Store
 from tests.store_worker import batch, image
 
 ODD = ["\ud83d", "\ude00", "\udcff", "\x00", "\n", "\r", "\u2028", "√", "😀", "\\", '"']
-hostile = st.text(st.characters() | st.sampled_from(ODD), max_size=12)
+hostile = st.lists(st.characters() | st.sampled_from(ODD), max_size=12).map("".join)
 numbers = st.floats()
 counts = st.integers(0, 2**40)
 json_values = st.recursive(
@@ -109,6 +109,13 @@ def test_round_trip_is_exact(items: list[Trajectory]) -> None:
     assert [item.id for item in back] == [item.id for item in items]
     assert codec.count(data) == len(items)
     assert codec.pack(back) == data
+
+
+@pytest.mark.parametrize("text", [*ODD, "".join(ODD), "\ud83d\ude00"])
+def test_hostile_text_is_kept(text: str) -> None:
+    item = replace(batch(0)[0], turns=(Turn(0, text, Actor("student"), text=text),))
+    back = codec.unpack(codec.pack([item]))[0]
+    assert back.turns == item.turns
 
 
 def test_what_cannot_be_kept_is_refused() -> None:

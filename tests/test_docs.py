@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+MARK = re.compile(r"^\s*<!-- test: run -->\s*$", re.MULTILINE)
 RUN = re.compile(r"^<!-- test: run -->\n+```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\)|(?:src|href)=\"([^\"]+)\"")
@@ -65,7 +66,7 @@ def _relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-RUNNABLE = [guide for guide in GUIDES if "<!-- test: run -->" in guide.read_text()]
+RUNNABLE = [guide for guide in GUIDES if MARK.search(guide.read_text())]
 
 
 @pytest.mark.parametrize("guide", RUNNABLE, ids=_relative)
@@ -73,7 +74,7 @@ def test_blocks_run(guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     text = guide.read_text()
     found = blocks(text)
-    assert len(found) == text.count("<!-- test: run -->"), "a marker without a block below it"
+    assert len(found) == len(MARK.findall(text)), "a marker without a block below it"
     namespace: dict[str, object] = {"__name__": "__guide__"}
     for block in found:
         run(block, _relative(guide), namespace)

@@ -54,7 +54,7 @@ def test_a_row_by_hand(run_dir: Path) -> None:
     assert first["ids"] == [stream.ids.tolist()]
     assert first["authors"] == [[*[0] * 48, *[1] * 48] * 2]
     assert first["kinds"] == [[*[0] * 48, *[2] * 48] * 2]
-    assert first["logps"] == [[*[None] * 48, *[float(np.float32(-0.1))] * 48] * 2]
+    assert first["logps"] == [[*[None] * 48, *[-0.1] * 48] * 2]
     assert {name: first[name] for name in PROVENANCE} == {
         "id": source.id,
         "task_id": source.task.key,
@@ -84,6 +84,13 @@ def test_expert_rows() -> None:
     assert list(found) == ["messages", *PROVENANCE]
 
 
+def test_lone_surrogates_become_question_marks() -> None:
+    turn = Turn(0, "a\ud83d\ude00b", Actor("x\udcff"), text="😀\n√")
+    found = row(replace(text_only(), turns=(turn,)))
+    assert [message["content"] for message in found["messages"]] == ["a??b", "😀\n√"]
+    assert found["policy"] == "x?"
+
+
 def test_policy_comes_from_provenance_first() -> None:
     source = batch(0)[0]
     assert row(replace(source, provenance={"policy": {"name": "x"}}))["policy"] == '{"name": "x"}'
@@ -103,7 +110,7 @@ def test_a_store_exports_what_is_committed(run_dir: Path) -> None:
     ] * 2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(trajectories, max_size=3))
 def test_hostile_rows_are_valid(tmp_path_factory, items: list[Trajectory]) -> None:
     path = tmp_path_factory.mktemp("hostile") / "out"
@@ -117,11 +124,17 @@ def test_hostile_rows_are_valid(tmp_path_factory, items: list[Trajectory]) -> No
     table = pyarrow.parquet.read_table(path)
     assert table.schema.names == ["messages", *TOKENS, *PROVENANCE]
     for one, other, item in zip(found, table.to_pylist(), items, strict=True):
-        assert one.pop("logps") == pytest.approx(other.pop("logps"), nan_ok=False)
-        assert one == other
-        assert len(one["messages"]) - bool(item.provenance.get("instruction")) == 2 * len(
-            item.turns
-        )
+        assert exact(one) == exact(other) == exact(row(item))
+        system = bool(item.provenance.get("instruction"))
+        assert len(one["messages"]) == system + 2 * len(item.turns)
+        kept = [np.where(np.isfinite(s.logp), s.logp, np.nan).tobytes() for s in item.streams]
+        assert [np.array(logp, np.float32).tobytes() for logp in one["logps"]] == kept
+
+
+def exact(found: dict) -> dict:
+    """A row with its log-probabilities as the float32 that they are."""
+    logps = [np.array(logp, np.float32).tobytes() for logp in found["logps"]]
+    return {**found, "logps": logps}
 
 
 # -- the tools that read it ------------------------------------------------------------------------
@@ -144,7 +157,7 @@ def test_datasets_loads_it(run_dir: Path, format: str) -> None:
     assert typed.features == features()
     for place in (0, 1, 302):
         for dataset in (loaded, typed):
-            assert dataset[place] == pytest.approx(row(items[place]))
+            assert exact(dataset[place]) == exact(row(items[place]))
     assert (format == "parquet") == (loaded.features == features())
 
 
@@ -165,6 +178,7 @@ def test_typed_loading_survives_columns_that_begin_empty(run_dir: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # trl's own use of transformers
 def test_trl_trains_on_messages(run_dir: Path) -> None:
     import datasets
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -221,6 +221,27 @@ def test_refused_shard_leaves_no_trace(
         assert store.shard("train", 1) is None
 
 
+def test_everything_is_flushed_before_it_counts(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flush(descriptor: int) -> None:
+        calls.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name[:6]}")
+        fsync(descriptor)
+
+    def rename(source: Path, target: Path) -> None:
+        calls.append("rename")
+        replace(source, target)
+
+    with Store(run_dir) as store, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", flush)
+        patch.setattr(os, "replace", rename)
+        commit(store, 0)
+    assert calls == ["flush .train", "rename", "flush shards", "flush commit"]
+
+
 def test_refused_commit_line_does_not_count(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     with Store(run_dir) as store:

@@ -94,8 +94,11 @@ def test_cli_lists_environments(bin_dir: Path) -> None:
     assert "agentdistill/Sokoban-v0" in json.dumps(json.loads(out))
 
 
-def test_cli_names_the_missing_extra(bin_dir: Path, tmp_path: Path) -> None:
-    done = _run(bin_dir / "agentdistill", "train", cwd=tmp_path)
+@pytest.mark.parametrize("verb", ["quickstart", "train"])
+def test_cli_names_the_missing_extra(bin_dir: Path, tmp_path: Path, verb: str) -> None:
+    [recipe] = bin_dir.parent.glob("lib/*/site-packages/agentdistill/recipes/quickstart.yaml")
+    words = [verb, recipe] if verb == "train" else [verb]
+    done = _run(bin_dir / "agentdistill", *words, cwd=tmp_path)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "pip install 'agentdistill[train]'" in done.stderr
     assert "Traceback" not in done.stderr

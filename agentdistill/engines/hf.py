@@ -230,8 +230,8 @@ class HFEngine(Engine):
         while running:
             hidden = self._kv.extend(slots, chunks)
             tokens, logps = draws(forward.logits(self.model, hidden))
-            drawn = zip(running, tokens, logps, strict=True)
-            keep = [i for i, (r, *pair) in enumerate(drawn) if r.goes_on(*pair, self.stop_ids)]
+            drawn = enumerate(zip(running, tokens, logps, strict=True))
+            keep = [i for i, (r, token, p) in drawn if r.goes_on(token, p, self.stop_ids)]
             if len(keep) < len(running):
                 draws.keep(keep)
                 running, slots = [running[i] for i in keep], [slots[i] for i in keep]

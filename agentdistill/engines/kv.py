@@ -69,8 +69,8 @@ class _Plan:
     """Where one forward reads and writes.
 
     ``rows``: slots of the batch, a view where possible; ``extent``: keys that are read;
-    ``source``: real tokens among the padded ones (None: all are real); ``target``: their places in
-    the flattened buffers.
+    ``source``: real tokens among the padded ones (None: all, in their order); ``target``: their
+    places in the flattened buffers.
     """
 
     rows: slice | Tensor
@@ -227,10 +227,8 @@ class SlotKV(KV):
                 self._forward([slots[i] for i in g], [chunks[i] for i in g], counts[g])
                 for g in groups
             ]
-        hidden = parts[0]
-        if len(parts) > 1:
-            order = self._tensor(np.argsort(np.concatenate(groups)))
-            hidden = torch.cat(parts).index_select(0, order)
+        order = self._tensor(np.argsort(np.concatenate(groups)))
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)[order]
         for slot, chunk in zip(slots, chunks, strict=True):
             slot.ids += chunk
         return hidden
@@ -245,6 +243,8 @@ class SlotKV(KV):
         column = within(counts)
         row = np.repeat(place, counts)
         flat = np.fromiter(chain.from_iterable(chunks), np.int64, len(column))
+        target = np.repeat(index * self._buffers.size[1] + start, counts) + column
+        dense = len(flat) == height * width
         starts, last = np.zeros(height, np.int64), np.zeros(height, np.int64)
         starts[place], last[place] = start, counts - 1
         # Padding repeats the last real position: models with learned positions have no later ones.
@@ -252,8 +252,8 @@ class SlotKV(KV):
         self._buffers.plan = _Plan(
             rows if isinstance(rows, slice) else self._tensor(rows),
             extent,
-            None if len(flat) == height * width else self._tensor(row * width + column),
-            self._tensor(np.repeat(index * self._buffers.size[1] + start, counts) + column),
+            None if dense else self._tensor(row * width + column),
+            self._tensor(fill(row, column, target, (height, width)).ravel() if dense else target),
         )
         where = self._tensor(positions)
         output = self._decoder(

@@ -3,7 +3,18 @@
 Importing this module registers the versioned ids, so that
 ``gymnasium.make("agentdistill/Sokoban-v0")`` works;
 ``gymnasium.make("agentdistill.envs:agentdistill/Sokoban-v0")`` works without the import.
+Registration names an entry point and loads nothing; the environment's code is imported by ``make``.
 """
 
 if __name__ != "agentdistill.envs":
     raise ImportError("import this package as agentdistill.envs, not through the top-level link")
+
+from gymnasium.envs.registration import register
+
+ENTRY_POINTS = {
+    "agentdistill/Sokoban-v0": "agentdistill.envs.sokoban.env:SokobanEnv",
+}
+"""Environment id → where its class is."""
+
+for _id, _entry_point in ENTRY_POINTS.items():
+    register(id=_id, entry_point=_entry_point)

@@ -113,7 +113,7 @@ class Moved:
 class TextEnv(gym.Env[str, str]):
     """Base class of all environments. See the module docstring for what holds."""
 
-    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012  (gymnasium's convention)
+    metadata = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012  (gymnasium's convention)
 
     def __init__(
         self,

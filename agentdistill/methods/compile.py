@@ -87,8 +87,9 @@ def fill(table: Table, axes: Axes) -> dict[str, float]:
     Needs the teacher's columns and, where :func:`needs_old`, ``logp/old``. Adds ``rows/kd``,
     ``rows/pg`` and, with a policy gradient, ``advantage``.
     """
-    kept = torch.tensor([t.success or not axes.only_success for t in table.trajectories])
-    table["rows/kd"] = table.acted & table.spread(kept)
+    kept = [t.success or not axes.only_success for t in table.trajectories]
+    chosen = table.acted & table.valid() & table.spread(torch.tensor(kept, dtype=torch.bool))
+    table["rows/kd"] = chosen
     table["rows/pg"] = table["rows/kd"]
     metrics: dict[str, float] = {}
     if not axes.advantages:
@@ -98,7 +99,7 @@ def fill(table: Table, axes: Axes) -> dict[str, float]:
         total = advantage.opd(
             table["logp/old"], table[f"logp/{TEACHER}"], table["rows/kd"], axes.signal.coef
         )
-        metrics["kd_advantage"] = float(total[table["rows/kd"]].mean()) if len(table) else 0.0
+        metrics["kd_advantage"] = float(total[chosen].mean()) if bool(chosen.any()) else 0.0
     if axes.reward.kind == "grpo":
         gains = reward_advantages(table, axes)
         metrics["zero_advantage_groups"] = float((gains == 0).float().mean())

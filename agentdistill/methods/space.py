@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from agentdistill.config import Section
+from agentdistill.config import Over, Section
 from agentdistill.curriculum import (
     BackwardToForward,
     Curriculum,
@@ -25,7 +25,6 @@ from agentdistill.curriculum import (
     Full,
 )
 from agentdistill.errors import ConfigError
-from agentdistill.objective import Over
 
 
 class StartAxis(Section):

@@ -8,12 +8,12 @@ context, a second copy or the student's own past (``old``) are the same thing wi
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from agentdistill.engines.forward import hidden_states, log_probs_at, logits
+from agentdistill.engines.forward import evaluating, hidden_states, log_probs_at, logits
 from agentdistill.optimise import gather
 from agentdistill.table import Table, column
 from agentdistill.views import PLAIN
@@ -52,37 +52,36 @@ class LocalScorer:
             rows: bool [N]; None scores every row.
             micro_tokens: ids per forward pass.
         """
-        wanted = set(want)
         needed = table.valid(view) if rows is None else rows & table.valid(view)
-        found: dict[str, Tensor] = {}
+        found = {what: self._empty(what, len(table)) for what in want}
         tokens = 0
-        training = self.model.training
-        self.model.train(False)
-        for part in table.micro_batches(view, micro_tokens):
-            ids, positions, chosen = gather(table, view, part, needed)
-            if not len(chosen):
-                continue
-            tokens += sum(int(where[-1]) for where in positions)
-            hidden = hidden_states(self.model, ids, positions)
-            values = {"hidden": hidden}
-            if wanted & {"logp", "entropy"}:
-                token = table.index["token"][chosen].to(hidden.device)
-                values["logp"], values["entropy"] = log_probs_at(self.model, hidden, token)
-            for what in wanted:
-                found.setdefault(what, _empty(values[what], len(table)))
-                found[what][chosen.to(found[what].device)] = _place(values[what], what)
-        self.model.train(training)
-        for what, values_N in found.items():
-            table[column(what, self.name, view)] = values_N
+        with evaluating(self.model):
+            for part in table.micro_batches(view, micro_tokens):
+                ids, positions, chosen = gather(table, view, part, needed)
+                if not len(chosen):
+                    continue
+                tokens += sum(int(where[-1]) for where in positions)
+                values = self._read(table, found, ids, positions, chosen)
+                for what, column_N in found.items():
+                    column_N[chosen.to(column_N.device)] = values[what].to(column_N)
+        for what, column_N in found.items():
+            table[column(what, self.name, view)] = column_N
         return tokens
 
+    def _read(
+        self, table: Table, want: Iterable[str], ids: list[Any], where: list[Any], rows: Tensor
+    ) -> dict[str, Tensor]:
+        """Everything in ``want`` of one micro-batch."""
+        hidden = hidden_states(self.model, ids, where)
+        values = {"hidden": hidden}
+        if {"logp", "entropy"} & set(want):
+            token = table.index["token"][rows].to(hidden.device)
+            values["logp"], values["entropy"] = log_probs_at(self.model, hidden, token)
+        return values
 
-def _empty(like: Tensor, size: int) -> Tensor:
-    """Zeros on the device for hidden states (they stay there), NaN on the CPU for numbers."""
-    if like.dim() > 1:
-        return torch.zeros(size, like.shape[1], dtype=like.dtype, device=like.device)
-    return torch.full((size,), float("nan"))
-
-
-def _place(values: Tensor, what: str) -> Tensor:
-    return values if what == "hidden" else values.float().cpu()
+    def _empty(self, what: str, size: int) -> Tensor:
+        """Zeros on the device for hidden states (they stay there), NaN on the CPU for numbers."""
+        if what != "hidden":
+            return torch.full((size,), float("nan"))
+        none = hidden_states(self.model, [], [])
+        return none.new_zeros(size, none.shape[1])

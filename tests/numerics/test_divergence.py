@@ -1,4 +1,4 @@
-"""Divergences: golden values, gradients by exact expectation, properties, and hostile inputs."""
+"""Divergences: golden values, exact gradients, properties, and hostile inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from agentdistill import divergence as dv
-from agentdistill.advantage import importance_loss, opd, ppo_loss
 from agentdistill.errors import ConfigError
 
 INF = math.inf
@@ -137,9 +136,10 @@ def test_identical_logits_give_zero_and_exactly_zero_gradient(kind: str) -> None
 @every_kind
 def test_gradient_flows_to_the_student_only(kind: str) -> None:
     student, teacher = (x.requires_grad_() for x in rows(5))
-    (
-        KINDS[kind](student, teacher) + KINDS[kind](*dv.topk_tail(student, teacher, 4))
-    ).sum().backward()
+    assert not KINDS[kind](student.detach(), teacher).requires_grad
+    coarse = dv.topk_tail(student, teacher, 4)
+    assert not coarse[1].requires_grad
+    (KINDS[kind](student, teacher) + KINDS[kind](*coarse)).sum().backward()
     assert teacher.grad is None
     assert student.grad is not None and student.grad.abs().sum() > 0
 
@@ -203,8 +203,8 @@ def test_entries_masked_on_both_sides_do_not_count(kind: str) -> None:
 
 def test_one_sided_masks_are_loud() -> None:
     open_, masked = torch.tensor([0.0, 0.0]), torch.tensor([0.0, -INF])
-    assert dv.reverse_kl(open_, masked) > 1e4
-    assert dv.forward_kl(masked, open_) > 1e4
+    assert 1e4 < dv.reverse_kl(open_, masked) < 1e6
+    assert 1e4 < dv.forward_kl(masked, open_) < 1e6
     assert dv.forward_kl(open_, masked) == pytest.approx(math.log(2))
     pull = gradient(lambda z: dv.reverse_kl(z, masked), open_)
     assert pull[1] > 1e4
@@ -271,6 +271,14 @@ def test_coarsened_sides_are_distributions() -> None:
     )
 
 
+@every_kind
+def test_every_token_in_the_top_k_is_the_full_gradient(kind: str) -> None:
+    student, teacher = rows(16)
+    full = gradient(lambda z: KINDS[kind](z, teacher), student)
+    coarse = gradient(lambda z: KINDS[kind](*dv.topk_tail(z, teacher, 11)), student)
+    torch.testing.assert_close(coarse, full, atol=1e-6, rtol=1e-5)
+
+
 def test_teacher_truncation_can_be_negative_and_clamps() -> None:
     student, teacher = torch.tensor([0.9, 0.05, 0.05]).log(), torch.tensor([0.5, 0.3, 0.2]).log()
     assert dv.teacher_topk_forward_kl(student, teacher, 1) < 0
@@ -313,105 +321,3 @@ def test_kl_rows_is_p_to_q_without_gradient() -> None:
 def test_what_cannot_work_is_refused(wrong: Callable[[Tensor, Tensor], object]) -> None:
     with pytest.raises(ConfigError):
         wrong(*rows(15))
-
-
-# Sampled tokens: expectations are exact sums over the three tokens.
-
-Estimator = Callable[[Tensor, Tensor, Tensor], Tensor]
-ESTIMATORS: dict[str, tuple[Estimator, Tensor]] = {
-    "k1": (lambda s, t, old: dv.k1(s, t), torch.zeros(3)),
-    "k2": (lambda s, t, old: dv.k2(s, t), RKL_GRAD),
-    "k3": (lambda s, t, old: dv.k3(s, t), FKL_GRAD),
-    "rho_k3": (dv.rho_k3, RKL_GRAD),
-    "k3+": (lambda s, t, old: dv.straight_through(dv.k3(s, t), dv.k2(s, t)), RKL_GRAD),
-    "k1+": (lambda s, t, old: dv.straight_through(dv.k1(s, t), dv.k2(s, t)), RKL_GRAD),
-    "policy gradient": (lambda s, t, old: dv.k1(old, t) * s, RKL_GRAD),
-    "importance": (
-        lambda s, t, old: importance_loss(s, old, opd(old, t, torch.ones(3).bool())),
-        RKL_GRAD,
-    ),
-    "ppo": (lambda s, t, old: ppo_loss(s, old, opd(old, t, torch.ones(3).bool())), RKL_GRAD),
-}
-
-
-def expected_gradient(estimator: Estimator, old: Tensor) -> Tensor:
-    return gradient(lambda z: old * estimator(z.log_softmax(-1), T.log(), old.log()), S.log())
-
-
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_expected_gradients_on_policy(name: str) -> None:
-    estimator, want = ESTIMATORS[name]
-    torch.testing.assert_close(expected_gradient(estimator, S), want, atol=2e-6, rtol=0)
-
-
-def test_rho_k3_corrects_for_the_policy_that_sampled() -> None:
-    old = torch.tensor([0.1, 0.3, 0.6])
-    torch.testing.assert_close(expected_gradient(dv.rho_k3, old), RKL_GRAD, atol=2e-6, rtol=0)
-    value = (old * dv.rho_k3(S.log(), T.log(), old.log())).sum()
-    assert value == pytest.approx(0.223805, abs=1e-6)
-
-
-def test_golden_estimator_values() -> None:
-    s, t = S.log(), T.log()
-    table = torch.stack([dv.k1(s, t), dv.k2(s, t), dv.k3(s, t)])
-    want = torch.tensor(
-        [
-            [0.916291, -0.510826, -0.405465],
-            [0.419794, 0.130471, 0.082201],
-            [0.316291, 0.155841, 0.094535],
-        ]
-    )
-    torch.testing.assert_close(table, want, atol=1e-6, rtol=0)
-    torch.testing.assert_close(
-        table @ S, torch.tensor([0.223805, 0.265479, 0.223805]), atol=1e-6, rtol=0
-    )
-
-
-def test_skill_sd_values_and_derivative() -> None:
-    logp = torch.tensor([0.5, -0.5, 0.0, -1.0])
-    zero = torch.zeros(4)
-    value = dv.rho_k3(logp, zero, logp)
-    torch.testing.assert_close(
-        value[:3], torch.tensor([0.106531, 0.148721, 0.0]), atol=1e-6, rtol=0
-    )
-    grad = gradient(lambda x: dv.rho_k3(x, zero, logp), logp)
-    torch.testing.assert_close(grad, logp, atol=0, rtol=0)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(*[st.floats(-4, 0)] * 3), min_size=1, max_size=5))
-def test_rho_k3_gradient_equals_the_traced_one(rows_: list[tuple[float, float, float]]) -> None:
-    live, teacher, old = torch.tensor(rows_, dtype=torch.float64).T
-
-    def traced(x: Tensor) -> Tensor:
-        ell = x - teacher
-        return (x - old).exp() * ((-ell).exp() - 1 + ell)
-
-    torch.testing.assert_close(dv.rho_k3(live, teacher, old), traced(live))
-    torch.testing.assert_close(
-        gradient(lambda x: dv.rho_k3(x, teacher, old), live), gradient(traced, live)
-    )
-
-
-@pytest.mark.parametrize("ell", [-1e4, -25.0, -15.0, 15.0, 25.0, 1e4])
-@pytest.mark.parametrize("name", ["k1", "k2", "k3", "rho_k3", "k3+"])
-def test_extreme_log_ratios_stay_finite(name: str, ell: float) -> None:
-    estimator, _ = ESTIMATORS[name]
-    logp, zero = torch.tensor([ell]), torch.zeros(1)
-    assert estimator(logp, zero, logp).isfinite().all()
-    grad = gradient(lambda x: estimator(x, zero, logp.detach()), logp)
-    assert grad.isfinite().all()
-    if name in ("k2", "k3+", "rho_k3"):
-        assert grad.item() == pytest.approx(ell)
-    stale = gradient(lambda x: dv.rho_k3(x, zero, zero), logp)
-    assert stale.isfinite().all()
-
-
-def test_k3_clamps_are_verls_by_default_and_optional() -> None:
-    logp, zero = torch.tensor([-5.0, -1.0, 30.0]), torch.zeros(3)
-    free = dv.k3(logp, zero, ratio_clamp=None, value_clamp=None)
-    want = torch.tensor([math.exp(5) - 6, math.e - 2, 29.0])
-    torch.testing.assert_close(free, want)
-    torch.testing.assert_close(dv.k3(logp, zero), torch.tensor([10.0, math.e - 2, 10.0]))
-    grad = gradient(lambda x: dv.k3(x, zero), logp)
-    torch.testing.assert_close(grad, torch.tensor([0.0, 1 - math.e, 0.0]))

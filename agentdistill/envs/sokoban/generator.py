@@ -14,13 +14,24 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, inf
+from pathlib import Path
 from random import Random
 
 from agentdistill.envs.sokoban.engine import steps
-from agentdistill.envs.sokoban.levels import Board, Level, State, bits, enclosure, split_of
+from agentdistill.envs.sokoban.levels import (
+    Board,
+    Level,
+    State,
+    bits,
+    enclosure,
+    parse,
+    read_boxoban,
+    split_of,
+)
 from agentdistill.envs.sokoban.solver import (
     TABLE_STATES,
     Table,
@@ -35,7 +46,7 @@ from agentdistill.errors import ConfigError
 PATIENCE = 2_000
 """Draws in a row without a level that is new, after which a supply counts as used up."""
 
-PATIENCE_LARGE = 200
+PATIENCE_LARGE = 150
 """The same for rooms without a table, where a draw takes a thousand times as long."""
 
 LAYOUTS = ("room", "walk")
@@ -53,7 +64,9 @@ _BRUSHES = (
 
 _EXPANSIONS = 300
 _CONTENDERS = 4
+_DETOUR = 1.5
 _PROOF_NODES = 2_000
+_PROOF_NODES_FILES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +123,7 @@ def _require(holds: bool, key: str, value: object, remedy: str) -> None:
         raise ConfigError(remedy, key=key, value=value)
 
 
-# -- where the walls are ----------------------------------------------------------------------------
+# -- where the walls are -----------------------------------------------------------------------
 
 
 def _rectangle(rooms: Rooms, rng: Random) -> int | None:
@@ -145,7 +158,7 @@ def _cave(rooms: Rooms, rng: Random) -> int | None:
 _WALLS: dict[str, Callable[[Rooms, Random], int | None]] = {"room": _rectangle, "walk": _cave}
 
 
-# -- where the boxes and the player start -----------------------------------------------------------
+# -- where the boxes and the player start ------------------------------------------------------
 
 
 def _from_table(known: Table, rooms: Rooms, wanted: int | None, rng: Random) -> State | None:
@@ -201,14 +214,19 @@ def _backwards(board: Board, limit: int | None, rng: Random) -> State | None:
     return State(rng.choice(places), best.boxes)
 
 
-def _long_enough(board: Board, state: State, least: int) -> bool:
-    """Whether the optimal solution provably has at least ``least`` moves."""
-    if bounds(board).pushes(state.boxes) >= least:
+def _fits(board: Board, state: State, rooms: Rooms, node_limit: int) -> bool:
+    """Whether the optimal solution provably has a length that ``rooms`` allows."""
+    most = rooms.max_moves
+    pushes = bounds(board).pushes(state.boxes)
+    if most is None and rooms.min_moves <= pushes < inf:
         return True
-    return search(board, state, node_limit=_PROOF_NODES).bound >= least
+    found = search(board, state, node_limit=node_limit, most=most)
+    if most is None:
+        return rooms.min_moves <= found.bound < inf
+    return found.actions is not None and rooms.min_moves <= len(found.actions) <= most
 
 
-# -- levels -----------------------------------------------------------------------------------------
+# -- levels ------------------------------------------------------------------------------------
 
 
 def draw_level(rooms: Rooms, wanted: int | None, rng: Random) -> Level | None:
@@ -232,8 +250,9 @@ def draw_level(rooms: Rooms, wanted: int | None, rng: Random) -> Level | None:
     if known is not None:
         start = _from_table(known, rooms, wanted, rng)
     else:
-        start = _backwards(board, wanted, rng)
-        if start and not _long_enough(board, start, rooms.min_moves):
+        limit = None if wanted is None else int(_DETOUR * wanted)
+        start = _backwards(board, limit, rng)
+        if start and not _fits(board, start, rooms, _PROOF_NODES):
             start = None
     return Level(board, start) if start else None
 
@@ -280,3 +299,21 @@ def generate(rooms: Rooms, split: str, seed: int) -> Iterator[str]:
     large = comb(inside, rooms.boxes) * (inside - rooms.boxes) > TABLE_STATES
     draws = _draws(rooms, Random(f"sokoban {seed}"))
     return distinct(draws, split, PATIENCE_LARGE if large else PATIENCE)
+
+
+def _shuffled(files: Sequence[Path], rng: Random) -> Iterator[str]:
+    for path in rng.sample(files, len(files)):
+        texts = read_boxoban(path)
+        yield from rng.sample(texts, len(texts))
+
+
+def from_files(files: Sequence[Path], rooms: Rooms, split: str, seed: int) -> Iterator[str]:
+    """Different levels of ``split`` in ``files``, lazily, in an order that ``seed`` fixes.
+
+    Of ``rooms`` only ``min_moves`` and ``max_moves`` count. Levels whose length A* cannot settle
+    within 20,000 pushes are left out; with ``min_moves`` 1 and no ``max_moves`` nothing is solved.
+    """
+    for text in distinct(_shuffled(files, Random(f"sokoban {seed}")), split, sys.maxsize):
+        level = parse(text)
+        if _fits(level.board, level.start, rooms, _PROOF_NODES_FILES):
+            yield text

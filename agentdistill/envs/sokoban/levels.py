@@ -209,6 +209,7 @@ def boxoban_files(path: str | Path) -> tuple[Path, ...]:
     place = Path(path).expanduser()
     files = (place,) if place.is_file() else tuple(sorted(place.rglob("*.txt")))
     if not files:
-        remedy = "no such file, or no *.txt file below it; clone github.com/google-deepmind/boxoban-levels"
+        source = "levels are at github.com/google-deepmind/boxoban-levels"
+        remedy = f"no such file, or a folder without *.txt files; {source}"
         raise ConfigError(remedy, key="levels", value=str(path))
     return files

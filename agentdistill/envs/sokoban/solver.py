@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
 
-from agentdistill.envs.sokoban.engine import ACTIONS, move, steps
+from agentdistill.envs.sokoban.engine import ACTIONS, steps
 from agentdistill.envs.sokoban.levels import Board, State, bits
 
 TABLE_STATES = 50_000
@@ -38,7 +38,7 @@ def shift(cells: int, step: int) -> int:
     return cells << step if step > 0 else cells >> -step
 
 
-# -- one room, all distances ------------------------------------------------------------------------
+# -- one room, all distances -------------------------------------------------------------------
 
 
 def state_count(board: Board) -> int:
@@ -116,7 +116,7 @@ def table(board: Board) -> Table | None:
     return _table(board) if state_count(board) <= TABLE_STATES else None
 
 
-# -- bounds and deadlocks ---------------------------------------------------------------------------
+# -- bounds and deadlocks ----------------------------------------------------------------------
 
 
 def assign(costs: Sequence[Sequence[float]]) -> float:
@@ -219,11 +219,11 @@ def bounds(board: Board) -> Bounds:
     return Bounds(board)
 
 
-# -- walking ----------------------------------------------------------------------------------------
+# -- walking -----------------------------------------------------------------------------------
 
 
 def waves(board: Board, state: State) -> Iterator[int]:
-    """Cells that the player can walk to without pushing, in order of distance 0, 1, …"""
+    """Cells the player can walk to without pushing, in order of distance: 0, 1, 2 and so on."""
     free, width = board.floor & ~state.boxes, board.width
     wave = 1 << state.player
     while wave:
@@ -247,7 +247,7 @@ def walk(board: Board, state: State, goal: int, order: Sequence[int] = (0, 1, 2,
     return path
 
 
-# -- A* ---------------------------------------------------------------------------------------------
+# -- A* ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +324,7 @@ def search(
     *,
     weight: float = 1.0,
     node_limit: int = NODE_LIMIT,
+    most: int | None = None,
     order: Sequence[int] = (0, 1, 2, 3),
 ) -> Solution:
     """Solve ``state`` by A*.
@@ -333,20 +334,22 @@ def search(
         state: where to start.
         weight: 1 is optimal; above it, longer solutions (at most ``weight`` times) sooner.
         node_limit: pushes to expand before giving up.
+        most: give up when every solution is longer than this; None for no such limit.
         order: directions (indices of ``ACTIONS``) in the order that breaks ties.
     """
     limits, found = bounds(board), _Search(board, weight)
-    first = limits.pushes(state.boxes)
-    if not math.isinf(first):
-        found.offer(state, 0, first)
+    if not any(limits.frozen(state.boxes, cell) for cell in bits(state.boxes)):
+        found.offer(state, 0, limits.pushes(state.boxes))
     nodes = 0
     while found.queue:
         bound, *_, cost, state = heapq.heappop(found.queue)
         if cost > found.cost[state]:
             continue
+        if math.isinf(bound):
+            break
         if state.boxes == board.targets:
             return Solution(found.path(state, order), bound, nodes)
-        if nodes == node_limit:
+        if nodes == node_limit or (most is not None and bound > most):
             return Solution(None, bound, nodes)
         nodes += 1
         found.expand(state, cost, limits, order)
@@ -362,12 +365,3 @@ def solve(
     """
     actions = search(board, state, weight=weight, node_limit=node_limit).actions
     return None if actions is None else list(actions)
-
-
-def descend(known: Table, board: Board, state: State) -> list[str]:
-    """All moves that bring ``state`` one step nearer to the solution, in the order of ACTIONS."""
-    here = known.distance(state)
-    if math.isinf(here):
-        return []
-    ways = zip(ACTIONS, steps(board), strict=True)
-    return [a for a, step in ways if known.distance(move(board, state, step)) == here - 1]

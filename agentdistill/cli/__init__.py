@@ -1,0 +1,16 @@
+"""The command line: reads arguments, calls the functions of the Python interface, shows results.
+
+Invariants: with ``--json`` standard output holds one JSON document and nothing else; an error that
+a user can cause is one line on standard error and the exit code of its class; any other exception
+is a bug and shows its traceback. Nothing but typer is imported before a verb runs.
+"""
+
+from agentdistill.cli import lists, runs
+from agentdistill.cli.base import app
+
+__all__ = ["app", "lists", "main", "runs"]
+
+
+def main() -> None:
+    """Entry point of the command ``agentdistill``."""
+    app()

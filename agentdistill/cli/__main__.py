@@ -1,0 +1,5 @@
+"""``python -m agentdistill.cli``."""
+
+from agentdistill.cli import main
+
+main()

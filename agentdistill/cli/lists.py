@@ -1,0 +1,168 @@
+"""Verbs that show what there is: envs, methods, config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from agentdistill.cli.base import EnvOptions, Json, Overrides, app, document
+from agentdistill.errors import ConfigError, MissingExtraError
+
+envs = typer.Typer(rich_markup_mode=None, help="List environments, or check one.")
+methods = typer.Typer(rich_markup_mode=None, help="List methods, show one, or compare two.")
+app.add_typer(envs, name="envs")
+app.add_typer(methods, name="methods")
+
+
+class Preset(StrEnum):
+    """Configurations that come with the package."""
+
+    quickstart = "quickstart"
+
+
+@envs.callback(invoke_without_command=True)
+def list_envs(ctx: typer.Context, as_json: Json = False) -> None:
+    """List environments, or check one."""
+    if ctx.invoked_subcommand is not None:
+        return
+    import gymnasium
+
+    import agentdistill.envs  # noqa: F401  (registers)
+    from agentdistill import display
+
+    names = sorted(name for name in gymnasium.registry if name.startswith("agentdistill/"))
+    found = [_card(name) for name in names]
+    if as_json:
+        document(found)
+        return
+    columns = ("id", "version", "splits", "licence", "installed")
+    lines = [[str(card[key] or display.NOTHING) for key in columns] for card in found]
+    display.show(columns, lines, left=5)
+
+
+def _card(name: str) -> dict[str, Any]:
+    """The facts about an environment, as far as they can be had without what it needs."""
+    from agentdistill.run import make_env
+
+    try:
+        card = make_env(name, {}).card.to_json()
+        return {**card, "splits": ", ".join(card["splits"]), "installed": "yes"}
+    except (MissingExtraError, ConfigError) as error:
+        missing = dict.fromkeys(("version", "splits", "licence"))
+        return {"id": name, **missing, "installed": f"no: {error}"}
+
+
+@methods.callback(invoke_without_command=True)
+def list_methods(ctx: typer.Context, as_json: Json = False) -> None:
+    """List methods, show one, or compare two."""
+    if ctx.invoked_subcommand is not None:
+        return
+    from agentdistill import display
+    from agentdistill.methods import METHODS
+
+    found = [_method(name) for name in METHODS]
+    if as_json:
+        document(found)
+        return
+    lines = [
+        [m["name"], m["title"], m["paper"], m["evidence"], ", ".join(n["key"] for n in m["needs"])]
+        for m in found
+    ]
+    display.show(("name", "title", "paper", "evidence", "needs"), lines, left=5)
+
+
+@methods.command("show")
+def show_method(name: Annotated[str, typer.Argument()], as_json: Json = False) -> None:
+    """Show every choice that a method makes."""
+    found = _method(name)
+    if as_json:
+        document(found)
+        return
+    needs = [f"{need['key']}: {need['remedy']}" for need in found["needs"]]
+    print(_yaml({**found, "needs": needs}))
+
+
+@methods.command("diff")
+def compare_methods(
+    first: Annotated[str, typer.Argument(metavar="A")],
+    second: Annotated[str, typer.Argument(metavar="B")],
+    as_json: Json = False,
+) -> None:
+    """Show in what two methods differ."""
+    from agentdistill import display
+
+    one, two = (dict(_flat(_method(name)["axes"])) for name in (first, second))
+    found = {key: [one[key], two[key]] for key in one if one[key] != two[key]}
+    if as_json:
+        document(found)
+        return
+    lines = [[key, *(json.dumps(value) for value in pair)] for key, pair in found.items()]
+    display.show(("axis", first, second), lines, left=3)
+
+
+def _method(name: str) -> dict[str, Any]:
+    """A method as plain data; what it needs is what a stage that names nothing else lacks."""
+    from agentdistill.config import RunConfig, TrainStage
+    from agentdistill.methods import get
+    from agentdistill.methods.constraints import CONSTRAINTS
+
+    method = get(name)
+    run, stage = RunConfig(), TrainStage(name="stage", method=name, iterations=1)
+    return {
+        "name": name,
+        "title": method.title,
+        "paper": method.paper,
+        "evidence": method.evidence,
+        "notes": method.notes,
+        "needs": [
+            {"key": rule.keys.partition(",")[0], "rule": rule.name, "remedy": rule.remedy}
+            for rule in CONSTRAINTS
+            if rule.broken(run, stage, method.axes)
+        ],
+        "axes": method.axes.model_dump(mode="json"),
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="YAML file of the run.")
+    ] = None,
+    overrides: Overrides = None,
+    preset: Annotated[
+        Preset | None, typer.Option(help="A built-in configuration instead of CONFIG.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a configuration and print it with every default filled in."""
+    from agentdistill.config import load
+    from agentdistill.quickstart import recipe as built_in
+    from agentdistill.recipe import validate
+
+    words = [config, *(overrides or ())] if config else []
+    source = built_in() if preset else words.pop(0) if words else None
+    if source is None:
+        raise ConfigError("name a file, or --preset quickstart", key="config", value=None)
+    values = validate(load(source, words)).config.model_dump(mode="json")
+    if as_json:
+        document(values)
+    else:
+        print(_yaml(values))
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(values), sort_keys=False, width=100).rstrip()
