@@ -1,7 +1,9 @@
 """Who hears of a run's progress: one protocol for logs, trackers and progress bars.
 
 Implement :class:`Callback` and pass it to :func:`agentdistill.distill` (``callbacks=[...]``).
-Callbacks observe: nothing they do changes a result. ``metrics.jsonl`` is always written.
+Callbacks observe: nothing they do changes a result. An iteration is reported before what it did
+becomes final, so that after a crash it is reported again rather than never. ``metrics.jsonl`` is
+always written, by the process that runs the stage.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agentdistill.config import StageConfig
-from agentdistill.files import refusing
+from agentdistill.files import refusing, write_text
 
 
 class Callback:
@@ -60,27 +62,22 @@ class JsonLines(Callback):
 
     def __init__(self) -> None:
         """Nothing is open yet."""
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
 
     def on_stage_start(self, stage: StageConfig, folder: Path, iteration: int) -> None:
         """Keep the lines before ``iteration``, drop torn ones, and append from there."""
-        path = folder / "metrics.jsonl"
+        path = self._files[stage.name] = folder / "metrics.jsonl"
         with refusing(path):
             kept = [line for line in _lines(path) if line["iteration"] < iteration]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            self._files[stage.name] = path.open("a", buffering=1)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_iteration(
         self, stage: StageConfig, iteration: int, metrics: Mapping[str, Any], progress: float
     ) -> None:
         """One line."""
-        file = self._files[stage.name]
-        with refusing(Path(file.name)):
+        path = self._files[stage.name]
+        with refusing(path), path.open("a") as file:
             file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
-
-    def on_stage_end(self, stage: StageConfig, summary: Mapping[str, Any]) -> None:
-        """Close the file."""
-        self._files.pop(stage.name).close()
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -148,7 +148,13 @@ def _reader(kind: Any) -> Reader:
 def _record_reader(kind: type[Any]) -> Reader:
     hints = get_type_hints(kind)
     readers = {f.name: _reader(hints[f.name]) for f in fields(kind) if f.init}
-    return lambda value: kind(**{name: readers[name](part) for name, part in value.items()})
+    nested = [(name, read) for name, read in readers.items() if read is not _as_is]
+
+    def read(value: dict[str, Json]) -> Any:
+        value |= {name: inner(value[name]) for name, inner in nested if name in value}
+        return kind(**value)
+
+    return read
 
 
 def _as_is(value: Json) -> Json:

@@ -30,7 +30,7 @@ def collect(the_run: Run, stage: CollectStage, callback: Callback) -> dict[str, 
     folder = the_run.folder(stage.name)
     seed = derive_seed(the_run.config.seed, "stage", stage.name)
     policy = the_run.policy(stage.policy, stage.sampling)
-    tasks = TaskStream.of_split(the_run.make_env(), stage.split, seed)
+    tasks = TaskStream.of_split(the_run.env, stage.split, seed)
     with Store(folder) as store:
         done = store.commits(stage.name)
         kept = sum(commit.info["kept"] for commit in done)
@@ -63,10 +63,10 @@ def collect(the_run: Run, stage: CollectStage, callback: Callback) -> dict[str, 
             chosen = chosen[: stage.episodes - kept]
             kept, played = kept + len(chosen), played + len(trajectories)
             shard = store.write(stage.name, n, chosen)
-            info = {"kept": len(chosen), "played": len(trajectories)}
-            store.commit(stage.name, n, [shard], info)
             metrics = {**of_trajectories(trajectories), "kept": kept, "played": played}
             callback.on_iteration(stage, n, metrics, min(1.0, kept / stage.episodes))
+            info = {"kept": len(chosen), "played": len(trajectories)}
+            store.commit(stage.name, n, [shard], info)
             n += 1
             if played > 1000 and kept < played / 1000:
                 raise ConfigError(

@@ -13,10 +13,10 @@ from typing import Any
 
 from agentdistill.config import EvaluateConfig, SamplingConfig
 from agentdistill.metrics import Interval, of_trajectories, wilson
-from agentdistill.policy import derive_seed
+from agentdistill.policy import Policy, derive_seed
 from agentdistill.records import Task, Trajectory, digest
 from agentdistill.rollout import Request, rollout, run
-from agentdistill.run import Run
+from agentdistill.run import Loaded, Run
 from agentdistill.tasks import panel
 
 
@@ -67,12 +67,18 @@ def modes(name: str, config: EvaluateConfig) -> list[str]:
 def evaluate(the_run: Run, name: str, mode: str, config: EvaluateConfig | None = None) -> Result:
     """Let the policy called ``name`` play the panel in ``mode``."""
     config = config or the_run.config.evaluate
+    return play(the_run, the_run.policy(name, _sampling(the_run, mode)), mode, config)
+
+
+def play(the_run: Run, player: Policy | Loaded, mode: str, config: EvaluateConfig) -> Result:
+    """Let a policy, or a model that is at hand, play the panel in ``mode``."""
+    if isinstance(player, Loaded):
+        player = the_run.acting(player, _sampling(the_run, mode))
     tasks = panel(the_run.env, config.split, config.tasks, config.seed)
-    policy = the_run.policy(name, _sampling(the_run, mode))
     samples = config.samples if mode == "sampled" else 1
     trajectories = run(
         rollout(
-            policy,
+            player,
             the_run.make_env,
             _requests(tasks, samples, config.seed),
             concurrency=config.concurrency,
@@ -80,7 +86,7 @@ def evaluate(the_run: Run, name: str, mode: str, config: EvaluateConfig | None =
             limits=the_run.config.limits,
         )
     )
-    return summarise(name, mode, tasks, trajectories)
+    return summarise(player.name, mode, tasks, trajectories)
 
 
 def _sampling(the_run: Run, mode: str) -> SamplingConfig:

@@ -25,7 +25,8 @@ from agentdistill.checkpoint import Checkpoints, load_state, save_state
 from agentdistill.config import TrainStage
 from agentdistill.crash import crash_point
 from agentdistill.errors import ConfigError, EnvError
-from agentdistill.files import write_text
+from agentdistill.evaluate import play
+from agentdistill.files import sync, write_text
 from agentdistill.methods import compile as plan
 from agentdistill.methods.constraints import check
 from agentdistill.methods.index import get
@@ -35,7 +36,7 @@ from agentdistill.policy import derive_seed
 from agentdistill.records import Start, Task, Trajectory
 from agentdistill.render import materialise
 from agentdistill.rollout import Request, rollout, run
-from agentdistill.run import Loaded, Run
+from agentdistill.run import Loaded, Run, seeded
 from agentdistill.store import ShardRef, Store
 from agentdistill.students import local
 from agentdistill.table import Table, build
@@ -66,8 +67,12 @@ class Training:
         self.tasks = self._tasks()
         self.totals = {"env_steps": 0, "replayed_steps": 0, "episodes": 0, "scored_tokens": 0}
         self.store = Store(self.folder)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints")
-        self.iteration = self._resume()
+        try:
+            self.checkpoints = Checkpoints(self.folder / "checkpoints")
+            self.iteration = self._resume()
+        except BaseException:
+            self.store.close()
+            raise
 
     # -- set-up -----------------------------------------------------------------------------------
 
@@ -100,7 +105,7 @@ class Training:
     def _tasks(self) -> TaskStream:
         if self.guide:
             return TaskStream.of_list([t.task for t in self.guide.values()], self.seed)
-        return TaskStream.of_split(self.context.make_env(), self.stage.split, self.seed)
+        return TaskStream.of_split(self.context.env, self.stage.split, self.seed)
 
     def _resume(self) -> int:
         """First iteration that has to run."""
@@ -114,22 +119,30 @@ class Training:
             state = load_state(folder / "state.pt", self.optimiser.adam)
             self.tasks.load_state_dict(state["tasks"])
             self.totals = dict(state["totals"])
+        self.student.engine.publish(done)
         return done
 
     # -- the loop ---------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Run to the end; save the model; return the summary of the stage."""
+        """Run to the end; save the model; return the summary of the stage.
+
+        However it ends, somebody else may write to the stage's folder afterwards.
+        """
+        with self.store:
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         began = time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.callback.on_stage_start(self.stage, self.folder, self.iteration)
         while self._progress() < 1.0:
             metrics = self._iterate(self.iteration)
             self.iteration += 1
             progress = self._progress()
+            metrics.update(self._tune())
+            self.callback.on_iteration(self.stage, self.iteration - 1, metrics, progress)
             if self.iteration % self.stage.checkpoint_every == 0 or progress >= 1.0:
                 self._checkpoint()
-            self.callback.on_iteration(self.stage, self.iteration - 1, metrics, progress)
         summary = {
             "stage": self.stage.name,
             "method": self.stage.method,
@@ -138,9 +151,10 @@ class Training:
             "seconds": round(time.monotonic() - began, 3),
         }
         local.save(self.student.model, self.student.tokenizer, self.folder / "model")
+        for file in (self.folder / "model").iterdir():
+            sync(file)
         write_text(self.folder / "done.json", json.dumps(summary))
         self.callback.on_stage_end(self.stage, summary)
-        self.store.close()
         return summary
 
     def _progress(self) -> float:
@@ -158,9 +172,9 @@ class Training:
         trajectories, shards = self._generate(n)
         clock.lap("generate")
         crash_point("iteration:after-generate")
-        table = self._table(trajectories)
+        table, dropped = self._table(trajectories)
         scored = self._score(table)
-        metrics = plan.fill(table, self.axes)
+        metrics = {**plan.fill(table, self.axes), "dropped_streams": dropped}
         clock.lap("score")
         metrics.update(self._update(table, n))
         clock.lap("update")
@@ -272,11 +286,18 @@ class Training:
 
     # -- score and update -------------------------------------------------------------------------
 
-    def _table(self, trajectories: Sequence[Trajectory]) -> Table:
+    def _table(self, trajectories: Sequence[Trajectory]) -> tuple[Table, int]:
+        """The rows, and how many streams are too long to have any."""
         table = build([t for t in trajectories if t.streams])
         limit = self.stage.max_length or context_length(self.student)
-        table.add_view(PLAIN, within(plain, limit))
-        return table
+        dropped = table.add_view(PLAIN, within(plain, limit))
+        if table.streams and dropped == len(table.streams):
+            raise ConfigError(
+                f"every stream is longer than {limit} tokens; raise it or shorten the prompt",
+                key=f"stages.{self.stage.name}.max_length",
+                value=self.stage.max_length,
+            )
+        return table, dropped
 
     def _score(self, table: Table) -> int:
         """The teacher's columns, then the student's own; return the teacher's scored tokens."""
@@ -300,20 +321,33 @@ class Training:
         random.Random(derive_seed(self.seed, "update", n)).shuffle(numbers)
         metrics: dict[str, float] = {}
         self.student.model.train()
-        for step in range(self.stage.updates):
-            share = numbers[step :: self.stage.updates]
-            batch = backward(
-                self.student.model,
-                table,
-                self.terms,
-                heads,
-                micro_tokens=self.stage.micro_tokens,
-                trajectories=share,
-            )
-            if batch.rows:
-                metrics = {**batch.as_metrics(), **self.optimiser.step(self._progress())}
+        with seeded(derive_seed(self.seed, "dropout", n), self.student.model.device):
+            for step in range(self.stage.updates):
+                batch = backward(
+                    self.student.model,
+                    table,
+                    self.terms,
+                    heads,
+                    micro_tokens=self.stage.micro_tokens,
+                    trajectories=numbers[step :: self.stage.updates],
+                )
+                if batch.rows:
+                    metrics = {**batch.as_metrics(), **self.optimiser.step(self._progress())}
         self.student.engine.publish(n + 1)
         return metrics
+
+    def _tune(self) -> dict[str, Any]:
+        """What the student does on the tune split, where the stage asks for it now."""
+        every = self.stage.evaluate_every
+        if not every or self.iteration % every:
+            return {}
+        config = self.context.config.evaluate.model_copy(update={"split": "tune"})
+        found: dict[str, Any] = {}
+        for mode in config.modes:
+            result = play(self.context, self.student, mode, config)
+            for name in ("success", "optimal", "invalid"):
+                found[f"tune/{mode}/{name}"] = getattr(result, name)
+        return found
 
     def _checkpoint(self) -> Path:
         state = {"tasks": self.tasks.state_dict(), "totals": self.totals}

@@ -20,6 +20,7 @@ from typing import Any
 
 from agentdistill.callbacks import Callback, Callbacks, JsonLines
 from agentdistill.config import CollectStage, RunConfig, StageConfig, TinyModel, TrainStage
+from agentdistill.errors import ConfigError
 from agentdistill.evaluate import Result, evaluate, modes
 from agentdistill.files import write_text
 from agentdistill.methods.constraints import check
@@ -66,6 +67,12 @@ def validate(config: RunConfig) -> Run:
         if isinstance(stage, TrainStage):
             check(config, stage, get(stage.method).resolve(stage.axes))
             need_torch("training")
+            if stage.evaluate_every:
+                if "tune" not in known:
+                    remedy = f"needs a split tune; this environment has {', '.join(known)}"
+                    key = f"stages.{stage.name}.evaluate_every"
+                    raise ConfigError(remedy, key=key, value=stage.evaluate_every)
+                panel(the_run.env, "tune", config.evaluate.tasks, config.evaluate.seed)
     if config.evaluate.policies:
         if config.evaluate.split not in known:
             _unknown_split("evaluate.split", config.evaluate.split, known)
@@ -76,8 +83,6 @@ def validate(config: RunConfig) -> Run:
 
 
 def _unknown_split(key: str, value: str, known: Sequence[str]) -> None:
-    from agentdistill.errors import ConfigError
-
     raise ConfigError(f"this environment has the splits {', '.join(known)}", key=key, value=value)
 
 
@@ -95,9 +100,8 @@ def execute(
     jobs = _jobs(the_run, only)
     if jobs and any(isinstance(stage, TrainStage) for stage in config.stages):
         _prepare_torch(the_run)
-    callback = Callbacks([JsonLines(), *callbacks])
     runner = _in_processes if config.workers > 1 and len(jobs) > 1 else _one_by_one
-    runner(the_run, jobs, callback)
+    runner(the_run, jobs, Callbacks(callbacks))
     stages = {s.name: summary for s in config.stages if (summary := the_run.done(s.name))}
     results = () if only else _results(the_run)
     return Outcome(the_run.path, stages, results)
@@ -109,7 +113,7 @@ def _prepare_torch(the_run: Run) -> None:
     import torch
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(the_run.config.threads)
     for model in the_run.config.models.values():
         if isinstance(model, TinyModel):
@@ -165,6 +169,7 @@ def _closure(config: RunConfig, only: Sequence[str]) -> set[str]:
 
 def _perform(the_run: Run, job: Job, callback: Callback) -> None:
     """Do one job in this process."""
+    callback = Callbacks([JsonLines(), callback])
     if isinstance(job.stage, CollectStage):
         from agentdistill.collect import collect
 

@@ -36,7 +36,7 @@ FloatArray = npt.NDArray[np.float32]
 def digest(value: Json, length: int = 16) -> str:
     """Hexadecimal SHA-256 of ``value`` as canonical JSON (sorted keys, no spaces)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:length]
 
 
 class Author(IntEnum):

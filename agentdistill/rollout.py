@@ -193,14 +193,10 @@ class Player:
             raise _Stop("step_limit")
         if self._request.horizon is not None and acted >= self._request.horizon:
             raise _Stop("horizon")
-        seconds = time.monotonic() - self._began
-        for used, limit in (
-            (self._steps, limits.env_steps),
-            (self._tokens, limits.tokens),
-            (seconds, limits.seconds),
-        ):
-            if limit is not None and used >= limit:
-                raise _Stop("budget")
+        used = (self._steps, self._tokens, time.monotonic() - self._began)
+        allowed = (limits.env_steps, limits.tokens, limits.seconds)
+        if any(most is not None and is_ >= most for is_, most in zip(used, allowed, strict=True)):
+            raise _Stop("budget")
 
     def _fault(self, kind: str, message: str) -> _Stop:
         return _Stop(f"fault:{kind}", message, self._turns)
@@ -375,25 +371,27 @@ def _discard(env: TextEnv, trajectory: Trajectory) -> Trajectory:
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run ``coroutine`` to its end from synchronous code, also inside a running event loop.
 
-    Notebooks have a loop of their own; there the work moves to a thread, and an interrupt cancels
-    it.
+    Notebooks have a loop; there the work moves to a thread, and an interrupt cancels it.
     """
+    started: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = []
+    results: list[T] = []
+
+    async def main() -> None:
+        started.append((asyncio.get_running_loop(), asyncio.current_task()))
+        results.append(await coroutine)  # asyncio.run would format what it returns, at a cost
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(coroutine)
-    started: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = []
-
-    async def cancellable() -> T:
-        started.append((asyncio.get_running_loop(), asyncio.current_task()))
-        return await coroutine
-
+        asyncio.run(main())
+        return results[0]
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(asyncio.run, cancellable())
+        future = pool.submit(asyncio.run, main())
         try:
-            return future.result()
+            future.result()
         except BaseException:
             for loop, task in started:
                 if task is not None and not future.done():
                     loop.call_soon_threadsafe(task.cancel)
             raise
+    return results[0]

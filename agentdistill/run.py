@@ -16,6 +16,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +77,19 @@ def need_torch(feature: str) -> None:
         raise MissingExtraError(feature, "train")
 
 
+@contextmanager
+def seeded(seed: int, device: Any = None) -> Iterator[None]:
+    """Torch's global generators as ``seed`` says inside the block, and as they were after it.
+
+    Those of the CPU, and of ``device`` where that is a GPU.
+    """
+    import torch
+
+    with torch.random.fork_rng([device] if getattr(device, "type", "") == "cuda" else []):
+        torch.manual_seed(seed % 2**63)
+        yield
+
+
 @dataclass(slots=True, eq=False)
 class Loaded:
     """A model that is ready to act, to be scored and to be trained."""
@@ -115,8 +132,8 @@ class Run:
         except OSError as error:
             remedy = "choose another output folder"
             raise StoreError(f"cannot make {self.path} ({error.strerror}); {remedy}") from error
-        write_text(known, yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
         write_text(self.path / "machine.json", json.dumps(machine(), indent=1))
+        write_text(known, yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
 
     # -- environment ------------------------------------------------------------------------------
 
@@ -186,10 +203,11 @@ class Run:
             known = ", ".join(self.config.models)
             raise ConfigError(f"no such model; known: {known}", key="models", value=key)
         config = self.config.models[key]
-        if isinstance(config, LocalModel):
-            return local.load(config)
-        tokenizer = self.tokenizer(config)
         seed = derive_seed(self.config.seed, "model", key) % 2**31
+        if isinstance(config, LocalModel):
+            with seeded(seed):  # fresh adapters are drawn from the global generator
+                return local.load(config)
+        tokenizer = self.tokenizer(config)
         return tiny.build(config, tokenizer, seed), tokenizer
 
     def tokenizer(self, config: TinyModel) -> Any:
@@ -200,14 +218,21 @@ class Run:
         from agentdistill.students import tiny
 
         folder = self.path / "tokenizers" / digest(config.tokenizer.model_dump())
-        if not (folder / "tokenizer.json").exists():
+        if not folder.exists():
             texts = tiny.corpus(
                 self.make_env(),
                 self.config.prompt.grammar,
                 config.tokenizer.episodes,
                 self.config.seed,
             )
-            tiny.train_tokenizer(texts, config.tokenizer).save_pretrained(folder)
+            unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+            tiny.train_tokenizer(texts, config.tokenizer).save_pretrained(unfinished)
+            try:
+                unfinished.rename(folder)  # complete or not there
+            except OSError:
+                if not folder.exists():
+                    raise
+                shutil.rmtree(unfinished)  # another process was faster, and its is the same
         return AutoTokenizer.from_pretrained(folder)
 
     def policy(self, name: str, sampling: SamplingConfig | None = None) -> Policy:
@@ -227,7 +252,6 @@ class Run:
 
 def machine() -> dict[str, Any]:
     """Versions of what numbers depend on, the commit of this checkout, and the machine."""
-    import os
     import platform
     import subprocess
     from importlib.metadata import PackageNotFoundError, version

@@ -1,89 +1,25 @@
-"""The command line: what it prints, what it returns, and how it refuses.
+"""The command line: what it runs, prints and writes.
 
-One micro run (tiny models, small rooms) is trained once per session and shared.
+One micro run (tiny models, small rooms) is trained once and shared.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import json
-import pickle
+import os
 import resource
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from agentdistill import api, display
+from agentdistill import display
 from agentdistill import quickstart as quickstart_recipe
-from agentdistill.cli import app
-from agentdistill.config import RunConfig, TrainStage, load
-from agentdistill.errors import ConfigError, EnvError, MissingExtraError, StoreError
-from agentdistill.evaluate import Result as Evaluation
-from agentdistill.metrics import Interval
-
-ROOT = Path(__file__).resolve().parents[1]
-ENV = {
-    "id": "agentdistill/Sokoban-v0",
-    "options": {"height": 6, "width": 6, "max_moves": 5, "max_steps": 6},
-}
-ROOM = [f"--option={key}={value}" for key, value in ENV["options"].items()]
-TINY = {"hidden": 16, "heads": 2, "layers": 1, "tokenizer": {"vocabulary": 300, "episodes": 20}}
-RECIPE: dict[str, Any] = {
-    "name": "micro",
-    "env": ENV,
-    "prompt": "bare",
-    "sampling": {"max_tokens": 2},
-    "models": {"teacher": TINY, "student": TINY},
-    "stages": [
-        {"name": "demos", "do": "collect", "policy": "expert", "episodes": 24, "batch": 16},
-        {"name": "taught", "model": "teacher", "method": "sft", "data": "demos", "iterations": 6},
-        {"name": "distilled", "teacher": "taught", "method": "opd", "iterations": 3, "tasks": 4},
-        {"name": "later", "teacher": "taught", "method": "opd-exact", "iterations": 1, "tasks": 2},
-    ],
-    "evaluate": {"policies": ["expert", "taught", "distilled"], "tasks": 6},
-}
-
-
-def call(*args: str) -> Result:
-    """The command in this process; a bug raises here."""
-    result = CliRunner().invoke(app, args)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def answer(*args: str) -> Any:
-    """The JSON document of a command that must succeed."""
-    result = call(*args, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def refused(code: int, *args: str) -> str:
-    """The one line that a command prints which must fail with ``code``."""
-    result = call(*args)
-    assert (result.exit_code, result.stdout) == (code, "")
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> str:
-    """A recipe that has not run."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**RECIPE, "output": str(tmp_path / "runs")}))
-    return str(path)
+from agentdistill.config import load
+from tests.cli_calls import ENV, RECIPE, ROOM, ROOT, TINY, answer, call, python, refused
 
 
 class Micro(NamedTuple):
@@ -127,14 +63,8 @@ def test_version_is_the_package_s() -> None:
 def test_importing_the_application_imports_nothing_heavy_and_is_quick() -> None:
     heavy = ["torch", "transformers", "gymnasium", "rich", "pydantic", "numpy"]
     code = f"import sys, agentdistill.cli; print([m for m in {heavy} if m in sys.modules])"
-    assert _python("-c", code).stdout == "[]\n"
+    assert python("-c", code).stdout == "[]\n"
     assert _seconds("-m", "agentdistill.cli", "--help") - _seconds("-c", "pass") < 0.6
-
-
-def _python(*args: str, **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=60, **more
-    )
 
 
 def _seconds(*args: str) -> float:
@@ -142,7 +72,7 @@ def _seconds(*args: str) -> float:
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert _python(*args).returncode == 0
+        assert python(*args).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return min(seconds)
@@ -159,165 +89,33 @@ def test_wrong_usage_exits_with_2(args: Sequence[str]) -> None:
     assert "Usage:" in result.stderr and "Traceback" not in result.stderr
 
 
-# -- refusals --------------------------------------------------------------------------------------
-
-DISTILLED = "stages.distilled"
-REFUSALS = {
-    "unknown key": (["stages.taught.lrr=1"], "did you mean lr?"),
-    "unknown key in a section": (["evaluate.task=1"], "did you mean tasks?"),
-    "wrong type": (["seed=abc"], "seed='abc'"),
-    "no override": (["seed"], "key.path=value"),
-    "unknown method": (["stages.taught.method=sftt"], "did you mean sft?"),
-    "unknown axis": ([f"{DISTILLED}.axes.signal.coeff=2"], "did you mean coef?"),
-    "unknown stage in an override": (["stages.nope.lr=1"], "distilled"),
-    "unknown stage": (["--stage", "nope"], "known: demos, taught, distilled"),
-    "unknown model": ([f"{DISTILLED}.teacher=nope"], "taught"),
-    "unknown environment": (["env.id=agentdistill/Nope-v0"], "Nope"),
-    "unknown module": (["env.id=no_such_module:Env"], "no_such_module"),
-    "not an environment": (["env.id=pathlib:Path", "env.options={}"], "TextEnv"),
-    "unknown option": (["env.options.colour=red"], "colour"),
-    "wrong option": (["env.options.height=1"], "height"),
-    "unknown split": (["stages.demos.split=nope"], "train, tune, report"),
-    "unknown panel": (["evaluate.split=nope"], "train, tune, report"),
-    "a combination that cannot work": (
-        [f"{DISTILLED}.axes.signal.divergence=reverse_kl"],
-        "use coupling loss",
-    ),
-    "sampling that cannot be scored": (["sampling.temperature=0.5"], "K11"),
-    "too few held-out tasks": (["evaluate.tasks=5000"], "distinct tasks"),
-}
-
-
-@pytest.mark.parametrize(("change", "says"), REFUSALS.values(), ids=REFUSALS)
-def test_train_refuses_before_it_works(
-    change: list[str], says: str, recipe: str, tmp_path: Path
-) -> None:
-    assert says in refused(2, "train", recipe, *change)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [(None, "cannot be read"), ("a: [1", "is not YAML"), ("- 1", "keys and values")],
-)
-def test_a_file_that_is_no_configuration(content: str | None, says: str, tmp_path: Path) -> None:
-    path = tmp_path / "file.yaml"
-    if content is not None:
-        path.write_text(content)
-    for verb in ("train", "eval", "config", "collect"):
-        assert says in refused(2, verb, str(path))
-
-
-def test_other_verbs_refuse_too(recipe: str, micro: Micro) -> None:
-    assert "no trained model yet" in refused(2, "eval", recipe, "--policy", "taught")
-    assert "no trained model yet" in refused(2, "collect", recipe, "--policy", "taught")
-    assert "names nothing before it" in refused(2, "eval", recipe, "--policy", "nope")
-    assert "--policy" in refused(2, "eval", recipe, "evaluate.policies=[]")
-    assert "another name" in refused(2, "train", micro.recipe, "seed=9")
-    assert "known: demos, distilled" in refused(2, "export", str(micro.folder), "x", "x.jsonl")
-    assert ".jsonl or .parquet" in refused(2, "export", str(micro.folder), "demos", "x.csv")
-    assert ".jsonl or .parquet" in refused(2, "collect", "--export", "x.csv")
-    assert "height" in refused(2, "collect", "--option", "height=1")
-    assert "did you mean opd?" in refused(2, "methods", "show", "opdd")
-    assert "did you mean opd?" in refused(2, "methods", "diff", "opd", "opdd")
-    assert "did you mean opd?" in refused(2, "quickstart", "--method", "opdd")
-    assert "--preset" in refused(2, "config")
-
-
-def test_an_output_that_cannot_be_written(recipe: str, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    below = tmp_path / "file" / "below"
-    assert str(below) in refused(5, "train", recipe, f"output={below}")
-    assert str(below) in refused(5, "collect", *ROOM, "--output", str(below))
-
-
-@pytest.mark.parametrize(
-    ("package", "args"),
-    [
-        ("torch", ("train", "{recipe}")),
-        ("transformers", ("eval", "{recipe}", "--policy", "student")),
-        ("tensorboard", ("train", "{recipe}", "--tensorboard")),
-        ("pyarrow", ("collect", "--export", "x.parquet")),
-    ],
-)
-def test_a_missing_package(
-    package: str, args: Sequence[str], recipe: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = importlib.util.find_spec
-    without = {package: lambda *_: None}
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: without.get(name, find)(name, *more)
-    )
-    line = refused(3, *(arg.format(recipe=recipe) for arg in args))
-    assert "pip install 'agentdistill[train]'" in line
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ConfigError("no", key="a", value={1}),
-        MissingExtraError("this", "train"),
-        EnvError("two\nlines"),
-        StoreError("full"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_errors_as_lines_and_as_json(
-    error: Any, recipe: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> None:
-        raise pickle.loads(pickle.dumps(error))  # as it arrives from another process
-
-    monkeypatch.setattr(api, "distill", fail)
-    message = " ".join(str(error).split())
-    result = call("train", recipe, "--json")
-    assert (result.exit_code, result.stderr) == (error.exit_code, f"error: {message}\n")
-    expected = {"type": type(error).__name__, "message": message, "exit_code": error.exit_code}
-    assert json.loads(result.stdout) == {"error": expected}
-
-
-def test_a_bug_is_not_hidden(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "distill", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        call("train", recipe)
-
-
-def test_a_full_disk(tmp_path: Path) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
-
-    args = ["collect", *ROOM, "--episodes", "50", "--output", str(tmp_path)]
-    done = _python("-m", "agentdistill.cli", *args, preexec_fn=limit)
-    assert done.returncode == 5
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and str(tmp_path) in line and "ulimit" in line
-
-
-def test_an_interrupt_and_the_same_command_again(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "agentdistill.cli", "collect", *ROOM, "--episodes", "800"]
-    command += ["--output", str(tmp_path), "--json"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
-        assert process.stderr.readline() == "episodes: start\n"
-        while not (tmp_path / "collect/stages/episodes/metrics.jsonl").read_text():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert stderr == "interrupted; the same command goes on where it stopped\n"
-    assert json.loads(stdout)["error"]["exit_code"] == 130
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert again.stderr.startswith("episodes: goes on at iteration ")
-    assert json.loads(again.stdout)["episodes"] == 800
-
-
 # -- what there is ---------------------------------------------------------------------------------
 
 
 def test_envs() -> None:
     (sokoban,) = [card for card in answer("envs") if card["id"] == ENV["id"]]
-    assert (sokoban["splits"], sokoban["installed"]) == ("train, tune, report", "yes")
-    assert f"| {ENV['id']} | " in call("envs").stdout
+    assert (sokoban["splits"], sokoban["installed"]) == (["train", "tune", "report"], True)
+    row = next(line for line in call("envs").stdout.splitlines() if ENV["id"] in line)
+    assert "| train, tune, report |" in row and row.endswith("| yes       |")
+
+
+def test_envs_check() -> None:
+    report = answer("envs", "check", ENV["id"], *ROOM, "--episodes", "2")
+    assert report["ok"] and report["card"]["id"] == ENV["id"]
+    broken = call("envs", "check", "tests.toy:Corridor", "--option", "break_at=1", "--json")
+    assert broken.exit_code == 1
+    assert "failed" in {check["status"] for check in json.loads(broken.stdout)["checks"]}
+
+
+def test_an_environment_of_the_current_folder(tmp_path: Path) -> None:
+    source = "from tests.toy import Corridor\nclass Mine(Corridor): pass\n"
+    (tmp_path / "my_corridor.py").write_text(source)
+    args = ["collect", "--env", "my_corridor:Mine", "--episodes", "2", "--json"]
+    code = "from agentdistill.cli import main; import sys; sys.path.remove(''); main()"
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = python("-c", code, *args, cwd=tmp_path, env=path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["episodes"] == 2
 
 
 def test_methods() -> None:
@@ -339,7 +137,9 @@ def test_methods() -> None:
     assert "| tcod-b2f " in call("methods").stdout
 
 
-def test_config_prints_what_it_reads(recipe: str) -> None:
+def test_config_prints_what_it_reads(tmp_path: Path) -> None:
+    recipe = str(tmp_path / "recipe.yaml")
+    Path(recipe).write_text(yaml.safe_dump(RECIPE))
     printed = call("config", recipe, "seed=3").stdout
     assert load(yaml.safe_load(printed)) == load(recipe, ["seed=3"])
     assert answer("config", recipe) == load(recipe).model_dump(mode="json")
@@ -356,6 +156,12 @@ def test_one_stage_runs_with_what_it_needs(micro: Micro) -> None:
     assert starts == ["demos", "taught", "distilled"]
     assert lines[-1].startswith(f"run: {micro.folder} (")
     assert {"results.json", "later"}.isdisjoint(micro.after_staged)
+
+
+def test_what_a_run_refuses_afterwards(micro: Micro) -> None:
+    assert "another name" in refused(2, "train", micro.recipe, "seed=9")
+    assert "known: demos, distilled" in refused(2, "export", str(micro.folder), "x", "x.jsonl")
+    assert ".jsonl or .parquet" in refused(2, "export", str(micro.folder), "demos", "x.csv")
 
 
 def test_the_whole_recipe_then_again(micro: Micro) -> None:
@@ -392,7 +198,7 @@ def test_eval_repeats_the_recipe_s_numbers(micro: Micro, tmp_path: Path) -> None
     assert compact == [result for result in known if result["policy"] != "taught"]
     other = call(
         "eval",
-        recipe,
+        micro.recipe,
         "--policy",
         "distilled",
         "--mode",
@@ -466,93 +272,6 @@ def test_quickstart_labels_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "distilled": "student, distilled (opd)",
     }
     assert "student, distilled (opd)" in (tmp_path / "quickstart-opd/results.md").read_text()
-
-
-# -- display ---------------------------------------------------------------------------------------
-
-MEASURED = Evaluation(
-    policy="p",
-    mode="sampled",
-    episodes=10,
-    success=0.5,
-    interval=Interval(0.237, 0.763),
-    optimal=None,
-    turns=3.25,
-    invalid=0.125,
-    score=0.5,
-    faults=1,
-    panel="0123456789abcdef",
-    keys=(),
-    outcomes=(),
-)
-
-
-def test_modes_share_a_row() -> None:
-    greedy = replace(MEASURED, mode="greedy", success=0.75, turns=9.0, faults=2)
-    (row,) = display.rows(
-        [greedy, MEASURED], {"p": {"env_steps": 12345, "seconds": 6.25}}, {"p": "P"}
-    )
-    assert row.cells() == ["P", "50.0% (24 to 76)", "75.0%", "–", "3.2", "12.5%", "12,345", "6.2"]  # noqa: RUF001
-    assert row.faults == 3
-    (note, lost) = display.notes([row], [greedy, MEASURED], RunConfig())
-    assert "panel 0123456789ab" in note and lost.startswith("3 episodes were lost")
-
-
-def test_nothing_measured_is_no_zero() -> None:
-    nothing = replace(MEASURED, episodes=0, success=0.0)
-    (row,) = display.rows([nothing])
-    assert set(row.cells()[1:]) == {display.NOTHING}
-
-
-def test_markdown_is_aligned_and_keeps_its_columns() -> None:
-    text = display.markdown(("name", "n"), [["a|b", "1"], ["longer", "100"]])
-    assert text.splitlines() == [
-        "| name   |   n |",
-        "| ------ | --: |",
-        r"| a\|b   |   1 |",
-        "| longer | 100 |",
-    ]
-
-
-class Terminal(io.StringIO):
-    """A terminal that remembers what it showed."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_gets_bars_and_drawn_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in {"TERM": "xterm", "COLUMNS": "120", "NO_COLOR": "1"}.items():
-        monkeypatch.setenv(key, value)
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stdout", screen)
-    stage = TrainStage(name="distilled", iterations=4)
-    metrics = {"success": 0.25, "optimal": None, "loss/k1": 0.5, "divergence": 0.125}
-    with display.progress(["distilled"], evaluation=True) as progress:
-        progress.on_stage_start(stage, Path(), 2)
-        progress.on_iteration(stage, 2, metrics, 0.75)
-        progress._bars.refresh()
-        progress.on_stage_end(stage, {"iterations": 4, "env_steps": 1000, "seconds": 1.5})
-    shown = screen.getvalue()
-    assert "iteration 3, success 25%, loss 0.500, divergence 0.125" in shown
-    assert "4 iterations, 1,000 environment steps, 1.5 s" in shown and "evaluation" in shown
-    display.show(("name", "n"), [["[red]", "1"]])
-    assert "[red]" in screen.getvalue() and "|" not in screen.getvalue()
-
-
-def test_elsewhere_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    stage = TrainStage(name="distilled", iterations=4)
-    with display.progress(["distilled"], evaluation=True, stderr=True) as progress:
-        progress.on_stage_start(stage, Path(), 2)
-        progress.on_iteration(stage, 2, {}, 0.75)
-        progress.on_stage_end(stage, {"iterations": 4, "seconds": 1.5})
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.splitlines() == [
-        "distilled: goes on at iteration 2",
-        "distilled: done, 4 iterations, 1.5 s",
-        "evaluation: start",
-    ]
 
 
 def test_results_are_written_anew_when_they_differ(micro: Micro) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from functools import cache
 from typing import Any
@@ -13,75 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from agentdistill import actions
-from agentdistill.config import PromptConfig, TokenizerConfig
+from agentdistill.config import PromptConfig
 from agentdistill.errors import ConfigError
 from agentdistill.records import Actor, Author, Kind, Task, Trajectory, Turn
 from agentdistill.render import Conversation, Frames, Renderer, Reply, materialise
-from agentdistill.students.tiny import train_tokenizer
-
-TEXTS = [
-    "Walk to the goal with left and right.",
-    "P..G\nstart",
-    "<think>the goal is right of me</think><action>right</action>",
-    "<think>back</think>\n\n<action>left</action>",
-    "Über die Brücke → 右",
-] * 4
-
-QWEN = """{%- for m in messages -%}
-{%- set said = m.content -%}
-{%- if m.role == 'assistant' and '</think>' in said and not loop.last -%}
-{%- set said = said.split('</think>')[-1] -%}
-{%- endif -%}
-{{- '<|im_start|>' + m.role + '\n' + said + '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\n' -}}
-{%- if think is defined -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
-{%- endif -%}"""
-
-NO_SYSTEM = """{{- '<|pad|>' -}}
-{%- for m in messages -%}
-{%- if m.role == 'system' -%}{{- raise_exception('no system role') -}}{%- endif -%}
-{{- '<|' + m.role + '|>' + (m.content | trim) + '<|end|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""
-
-BROKEN = {
-    "none": None,
-    "refuses": "{{ raise_exception('never') }}",
-    "undefined": "{{ messages[0].name.upper() }}",
-    "syntax": "{% for m in messages %}",
-    "drops": "{{ messages[-1].content }}<|assistant|>",
-    "endless": "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>",
-}
-
-
-@cache
-def _trained() -> Any:
-    return train_tokenizer(TEXTS, TokenizerConfig(vocabulary=330))
-
-
-def tokenizer(template: str = "tiny", **variables: object) -> Any:
-    """A tokenizer with one of the templates."""
-    found = copy.deepcopy(_trained())
-    if template == "qwen":
-        found.add_special_tokens(
-            {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
-        )
-        found.chat_template = "".join(f"{{%- set {n} = {v!r} -%}}" for n, v in variables.items())
-        found.chat_template += QWEN
-    elif template == "no system":
-        found.chat_template = NO_SYSTEM
-    return found
-
-
-TEMPLATES = ("tiny", "qwen", "no system")
-
-
-def renderer(template: str = "tiny", instruction: str = "", **prompt: Any) -> Renderer:
-    """A renderer with one of the templates."""
-    return Renderer(tokenizer(template), PromptConfig(**prompt), instruction)
-
+from tests.templates import BROKEN, TEMPLATES, rendered, renderer, tokenizer
 
 # -- frames ---------------------------------------------------------------------------------------
 
@@ -133,20 +68,13 @@ def test_a_tokenizer_without_an_end_of_turn_is_refused() -> None:
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_joined_pieces_are_the_templates_own_rendering(template: str, instruction: str) -> None:
     mine = renderer(template, instruction)
-    said, seen = ["left", "<action>right</action>", "right"], ["P..G\nstart", ".P.G", "..PG", "on"]
+    said = ["left", "<action>right</action>", "right"]
+    seen = ["P..G\nstart", ".P.G", "..PG", "on"]
     conversation = Conversation(mine)
-    messages = [{"role": "system", "content": instruction}] if instruction else []
-    if instruction and template == "no system":
-        messages, seen[0] = [], f"{instruction}\n\n{seen[0]}"
     for observation, text in zip(seen, said, strict=False):
-        shown = observation.removeprefix(f"{instruction}\n\n")
-        conversation.add(shown, mine.written(text))
-        messages += [{"role": "user", "content": observation}]
-        messages += [{"role": "assistant", "content": text}]
-    messages.append({"role": "user", "content": seen[-1]})
-    whole = mine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        conversation.add(observation, mine.written(text))
     ids, authors = conversation.ask(seen[-1])
-    assert ids == mine.tokenizer.encode(whole, add_special_tokens=False)
+    assert ids == rendered(mine, seen, said)
     assert len(authors) == len(ids)
     assert mine.frames.notes == ()
     if template == "no system":  # the beginning of the sequence is there once

@@ -5,6 +5,9 @@ a user can cause is one line on standard error and the exit code of its class; a
 is a bug and shows its traceback. Nothing but typer is imported before a verb runs.
 """
 
+import os
+import sys
+
 from agentdistill.cli import lists, runs
 from agentdistill.cli.base import app
 
@@ -12,5 +15,10 @@ __all__ = ["app", "lists", "main", "runs"]
 
 
 def main() -> None:
-    """Entry point of the command ``agentdistill``."""
+    """Entry point of the command ``agentdistill``.
+
+    The current folder can be imported from, for environments of one's own (``module:Class``); it
+    comes last, so that it never shadows what is installed.
+    """
+    sys.path.append(os.getcwd())
     app()

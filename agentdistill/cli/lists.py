@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from agentdistill.cli.base import EnvOptions, Json, Overrides, app, document
-from agentdistill.errors import ConfigError, MissingExtraError
+from agentdistill.errors import AgentDistillError, ConfigError
 
 envs = typer.Typer(rich_markup_mode=None, help="List environments, or check one.")
 methods = typer.Typer(rich_markup_mode=None, help="List methods, show one, or compare two.")
@@ -39,9 +39,17 @@ def list_envs(ctx: typer.Context, as_json: Json = False) -> None:
     if as_json:
         document(found)
         return
-    columns = ("id", "version", "splits", "licence", "installed")
-    lines = [[str(card[key] or display.NOTHING) for key in columns] for card in found]
-    display.show(columns, lines, left=5)
+    lines = [
+        [
+            card["id"],
+            card.get("version", display.NOTHING),
+            ", ".join(card.get("splits", [display.NOTHING])),
+            card.get("licence", display.NOTHING),
+            "yes" if card["installed"] else f"no: {card['problem']}",
+        ]
+        for card in found
+    ]
+    display.show(("id", "version", "splits", "licence", "installed"), lines, left=5)
 
 
 def _card(name: str) -> dict[str, Any]:
@@ -49,11 +57,31 @@ def _card(name: str) -> dict[str, Any]:
     from agentdistill.run import make_env
 
     try:
-        card = make_env(name, {}).card.to_json()
-        return {**card, "splits": ", ".join(card["splits"]), "installed": "yes"}
-    except (MissingExtraError, ConfigError) as error:
-        missing = dict.fromkeys(("version", "splits", "licence"))
-        return {"id": name, **missing, "installed": f"no: {error}"}
+        return {**make_env(name, {}).card.to_json(), "installed": True}
+    except AgentDistillError as error:
+        return {"id": name, "installed": False, "problem": str(error)}
+
+
+@envs.command("check")
+def check_one(
+    target: Annotated[str, typer.Argument(metavar="ID", help="Id, or module:Class of your own.")],
+    option: EnvOptions = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Tasks per check.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the tasks and of random play.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Test whether an environment keeps its promises."""
+    from agentdistill.config import load
+    from agentdistill.envs.check import check_env
+
+    options = load({}, [f"env.options.{text}" for text in option or ()]).env.options
+    report = check_env(target, episodes=episodes, seed=seed, kwargs=options)
+    if as_json:
+        document(report.to_json())
+    else:
+        print(report)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @methods.callback(invoke_without_command=True)

@@ -334,9 +334,8 @@ class _Draws:
         """Collect the rows' settings; rows with temperature 0 need no random numbers."""
         asked = [r.sampling for r in requests]
         self._device = device
-        self._randoms = [
-            random.Random(r.seed) if r.sampling.temperature else None for r in requests
-        ]
+        drawn = [r.seed if r.sampling.temperature else None for r in requests]
+        self._randoms = [None if seed is None else random.Random(seed) for seed in drawn]
         self._temperature = self._column([s.temperature or 1.0 for s in asked])
         self._greedy = self._column([s.temperature == 0 for s in asked])
         self._top_k = self._column([s.top_k or 1 << 31 for s in asked])
@@ -383,7 +382,8 @@ def _nucleus(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     ordered, ids = torch.sort(weights, dim=-1, descending=True, stable=True)
     ordered = ordered * (torch.arange(ordered.shape[-1], device=weights.device) < top_k)
     before = ordered.cumsum(-1) - ordered
-    inside = (before < top_p * ordered.sum(-1, keepdim=True)) & (ordered > 0)
+    # Rounding must not cut the tail of a row that asked for everything.
+    inside = ((before < top_p * ordered.sum(-1, keepdim=True)) | (top_p == 1)) & (ordered > 0)
     return weights * torch.zeros_like(inside).scatter_(-1, ids, inside)
 
 

@@ -4,9 +4,8 @@ Invariants
 ----------
 * ``Slot.ids`` are exactly the tokens whose keys and values lie at the slot's positions 0, 1, 2, …
   Nothing else is ever written: padding leaves no dead tokens behind.
-* Key j is visible to a query at position p if and only if j <= p: stale numbers beyond a slot's
-  end are never read, but they must be finite, so buffers start as zeros and :meth:`SlotKV.clear`
-  throws them away.
+* Key j is visible to a query at position p if and only if j <= p. Numbers beyond a slot's end are
+  weighed by zero, so they must be finite: buffers start as zeros and are dropped after any failure.
 * Slots in use are kept next to each other, so that a batch is usually a view of the buffers. Rows
   of such a view that are not in the batch compute something that nobody reads or writes.
 * What cannot be kept correctly (sliding windows, recurrent layers, unknown models) is computed
@@ -31,6 +30,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from agentdistill.engines.forward import Indices, dense_attention, fill, length_groups, within
+from agentdistill.errors import EngineError
 
 FIRST_SLOTS, FIRST_CAPACITY = 8, 64
 
@@ -173,11 +173,8 @@ class SlotKV(KV):
     def _new(self, session: str | None) -> Slot:
         if not self._free and self._top == self._max_slots:
             self.release(next(iter(self._sessions)))
-        if self._free:
-            index = heappop(self._free)
-        else:
-            index, self._top = self._top, self._top + 1
-        slot = Slot(index)
+        slot = Slot(heappop(self._free) if self._free else self._top)
+        self._top = max(self._top, slot.index + 1)
         if self._keep and session is not None and session not in self._sessions:
             self._sessions[session] = slot
         return slot
@@ -273,8 +270,7 @@ class SlotKV(KV):
         if self._decoder.config._attn_implementation != "eager":
             return visible
         dtype = self._decoder.dtype
-        zeros = torch.zeros(visible.shape, dtype=dtype, device=self._device)
-        return zeros.masked_fill_(~visible, torch.finfo(dtype).min)
+        return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
 
     def _tensor(self, values: Indices) -> Tensor:
         return torch.from_numpy(values).to(self._device)
@@ -323,8 +319,8 @@ class RefillKV(KV):
         )
         for slot, chunk in zip(slots, chunks, strict=True):
             slot.ids += chunk
-        hidden: Tensor = output.last_hidden_state[torch.from_numpy(row).to(self._device), -1]
-        return hidden
+        last: Tensor = output.last_hidden_state[:, -1]
+        return last[torch.from_numpy(row).to(self._device)]
 
     def close(self) -> None:
         """Free the batch's cache."""
@@ -334,14 +330,20 @@ class RefillKV(KV):
 def open_kv(
     decoder: Any, device: torch.device, *, max_slots: int, keep: bool, budget: int
 ) -> tuple[KV, str]:
-    """The cache that fits the model, and why it is not :class:`SlotKV` ("" if it is)."""
-    reason = _obstacle(decoder.config)
+    """The cache that fits the model, and why it is not :class:`SlotKV` ("" if it is).
+
+    Raises:
+        EngineError: neither cache gives what plain forwards give.
+    """
+    slots = SlotKV(decoder, device, max_slots=max_slots, keep=keep, budget=budget)
+    reason = _obstacle(decoder.config) or _probe(decoder, device, slots, [[2, 1], [0, 1, 2, 1]])
     if not reason:
-        kv = SlotKV(decoder, device, max_slots=max_slots, keep=keep, budget=budget)
-        reason = _probe(decoder, device, kv)
-        if not reason:
-            return kv, ""
-    return RefillKV(decoder, device), f"KV is not kept between turns: {reason}"
+        return slots, ""
+    refill = RefillKV(decoder, device)
+    wrong = _probe(decoder, device, refill, [[2], [0]])
+    if wrong:
+        raise EngineError(f"cannot generate: {wrong}")
+    return refill, f"KV is not kept between turns: {reason}"
 
 
 def _obstacle(config: Any) -> str:
@@ -350,16 +352,14 @@ def _obstacle(config: Any) -> str:
     if kinds is not None:
         other = sorted(set(kinds) - {"full_attention"})
         return f"layers of type {', '.join(other)}" if other else ""
-    for name in ("sliding_window", "attention_chunk_size"):
-        if getattr(config, name, None) is not None:
-            return f"{name}={getattr(config, name)}"
-    return ""
+    windows = {n: getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size")}
+    return ", ".join(f"{name}={size}" for name, size in windows.items() if size is not None)
 
 
 @torch.no_grad()
-def _probe(decoder: Any, device: torch.device, kv: SlotKV) -> str:
-    """Two ragged turns against plain forwards; what is wrong, "" if nothing."""
-    first, second = [[0, 1, 2, 0, 2], [2, 1]], [[2, 1], [0, 1, 2, 1]]
+def _probe(decoder: Any, device: torch.device, kv: KV, second: list[list[int]]) -> str:
+    """Two ragged chunks against plain forwards; what is wrong, "" if nothing."""
+    first = [[0, 1, 2, 0, 2], [2, 1]]
     prompts = [a + b for a, b in zip(first, second, strict=True)]
     try:
         slots = kv.open([None, None], prompts)
@@ -396,5 +396,5 @@ def _rows(index: Indices) -> tuple[slice | Indices, Indices, int]:
 
 
 def _room(like: Tensor, size: tuple[int, int]) -> Tensor:
-    """Zeros for ``size`` slots and tokens of the kind of ``like`` [.., .., heads, dim]."""
+    """Zeros for ``size`` slots and tokens like ``like`` [.., .., heads, dim]."""
     return torch.zeros(*size, *like.shape[2:], dtype=like.dtype, device=like.device)

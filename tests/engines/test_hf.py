@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -181,6 +182,13 @@ def test_models_that_ignore_the_cache_are_noticed(monkeypatch: pytest.MonkeyPatc
     assert "answers differently" in note
 
 
+def test_models_without_a_usable_cache_are_refused() -> None:
+    """Mamba ignores the cache that it is handed: its answers would be those of the last token."""
+    config = MambaConfig(vocab_size=61, hidden_size=64, num_hidden_layers=2)
+    with pytest.raises(EngineError, match="cannot generate: MambaModel answers differently"):
+        engine(build(config))
+
+
 MIXED = [
     Sampling(temperature=1.0, max_tokens=4),
     Sampling(temperature=0.5, top_p=0.8, max_tokens=2),
@@ -256,6 +264,13 @@ def test_nucleus_by_definition(weights: list[int], top_k: int, top_p: float) -> 
     inside = set(result.nonzero().flatten().tolist())
     assert inside == kept_by_hand([float(w) for w in weights], top_k, top_p)
     assert all(result[i] == weights[i] for i in inside)
+
+
+def test_a_row_that_asked_for_everything_keeps_its_tail() -> None:
+    """Beside a row with a nucleus, a token far below fp32 rounding is still there."""
+    row = torch.tensor([[1.0, 1e-9], [1.0, 1e-9]])
+    kept = hf._nucleus(row, torch.tensor([[1 << 31]] * 2), torch.tensor([[1.0], [0.5]]))
+    assert (kept > 0).tolist() == [[True, True], [True, False]]
 
 
 def test_rows_with_and_without_a_nucleus_share_a_batch() -> None:

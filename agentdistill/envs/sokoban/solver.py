@@ -347,9 +347,11 @@ def search(
             continue
         if math.isinf(bound):
             break
+        if most is not None and bound > most:
+            return Solution(None, bound, nodes)
         if state.boxes == board.targets:
             return Solution(found.path(state, order), bound, nodes)
-        if nodes == node_limit or (most is not None and bound > most):
+        if nodes == node_limit:
             return Solution(None, bound, nodes)
         nodes += 1
         found.expand(state, cost, limits, order)
