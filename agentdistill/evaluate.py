@@ -84,6 +84,7 @@ def play(the_run: Run, player: Policy | Loaded, mode: str, config: EvaluateConfi
             concurrency=config.concurrency,
             max_turns=the_run.config.env.max_turns,
             limits=the_run.config.limits,
+            pool=the_run.pool,
         )
     )
     return summarise(player.name, mode, tasks, trajectories)

@@ -272,6 +272,7 @@ class Training:
                 concurrency=config.concurrency,
                 max_turns=config.env.max_turns,
                 limits=config.limits,
+                pool=self.context.pool,
                 grammar=config.prompt.grammar,
             )
         )

@@ -156,6 +156,7 @@ class ModelPolicy(Policy):
     def __init__(self, name: str, engine: Engine, renderer: Renderer, sampling: Sampling) -> None:
         """``name`` is what trajectories call this actor."""
         self.name, self.engine, self.renderer, self.sampling = name, engine, renderer, sampling
+        self._sampled_as = asdict(sampling)
         self._conversations: dict[str, Conversation] = {}
 
     async def act(self, episode: Episode) -> Response:
@@ -170,7 +171,7 @@ class ModelPolicy(Policy):
         return Response(
             sample.text,
             parsed,
-            Actor(self.name, sample.version, asdict(self.sampling)),
+            Actor(self.name, sample.version, self._sampled_as),
             sample,
             self.renderer.kinds(sample.ids, parsed),
             (ids, authors),

@@ -242,6 +242,10 @@ class Conversation:
         self._renderer = renderer
         self._observations: list[str] = []
         self._replies: list[Reply] = []
+        # With the whole history a prompt begins with all that was joined before: kept, not redone.
+        self._ids: list[int] = []
+        self._authors: list[int] = []
+        self._joined = 0
 
     def __len__(self) -> int:
         """Number of turns with a reply."""
@@ -254,13 +258,16 @@ class Conversation:
 
     def ask(self, observation: str) -> tuple[list[int], list[int]]:
         """The prompt for ``observation``: ids and authors, of equal length."""
-        prompt = self._renderer.prompt
-        first = 0 if prompt.window is None else max(0, len(self) - prompt.window)
-        ids: list[int] = []
-        authors: list[int] = []
-        for index in range(first, len(self)):
-            self._context(ids, authors, self._observations[index], first=index == first)
-            self._reply(ids, authors, self._replies[index])
+        window = self._renderer.prompt.window
+        first = 0
+        if window is not None:
+            first = max(0, len(self) - window)
+            self._ids, self._authors, self._joined = [], [], first
+        for index in range(self._joined, len(self)):
+            self._context(self._ids, self._authors, self._observations[index], first=index == first)
+            self._reply(self._ids, self._authors, self._replies[index])
+        self._joined = len(self)
+        ids, authors = list(self._ids), list(self._authors)
         self._context(ids, authors, observation, first=first == len(self))
         return ids, authors
 

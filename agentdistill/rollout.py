@@ -307,6 +307,7 @@ async def rollout(
     limits: LimitsConfig = NO_LIMITS,
     grammar: str = "plain",
     on_end: Callable[[Trajectory], None] | None = None,
+    pool: list[TextEnv] | None = None,
 ) -> list[Trajectory]:
     """Play all ``requests``; return their trajectories in the order of the requests.
 
@@ -319,6 +320,8 @@ async def rollout(
         limits: hard limits per episode.
         grammar: how replayed actions are written.
         on_end: called with each trajectory as it ends (progress).
+        pool: environments to use first; those that are still sound are left there, open, for the
+            next call. Without a pool every environment is closed at the end.
     """
     wanted = list(requests)
     gate = asyncio.Semaphore(concurrency)
@@ -326,8 +329,8 @@ async def rollout(
     player = partial(
         Player, policy, max_turns=max_turns, limits=limits, grammar=grammar, threads=threads
     )
-    free: list[TextEnv] = []
-    alive: list[TextEnv] = []
+    free = [] if pool is None else pool
+    alive = list(free)
 
     async def one(request: Request) -> Trajectory:
         async with gate:
@@ -354,7 +357,8 @@ async def rollout(
         await asyncio.gather(*tasks, return_exceptions=True)
         threads.shutdown()  # a step that is under way still uses its environment
         for env in alive:
-            env.close()
+            if pool is None or env not in pool:
+                env.close()
 
 
 def _discard(env: TextEnv, trajectory: Trajectory) -> Trajectory:

@@ -58,7 +58,15 @@ def make_env(env_id: str, options: dict[str, Any]) -> TextEnv:
             module, _, name = env_id.partition(":")
             env = getattr(importlib.import_module(module), name)(**options)
         else:
-            env = gym.make(env_id, **options).unwrapped
+            spec = gym.spec(env_id)  # without make's wrappers: they cost more than our steps
+            creator = spec.entry_point
+            assert creator is not None
+            create = (
+                gym.envs.registration.load_env_creator(creator)
+                if isinstance(creator, str)
+                else creator
+            )
+            env = create(**{**spec.kwargs, **options})
     except ConfigError:
         raise
     except (gym.error.Error, ImportError, AttributeError, TypeError) as error:
@@ -107,6 +115,8 @@ class Run:
     def __init__(self, config: RunConfig) -> None:
         """Nothing is written or loaded until it is asked for."""
         self.config, self.path = config, config.path
+        self.pool: list[TextEnv] = []
+        """Environments that wait for the next rollout."""
 
     def prepare(self) -> None:
         """Make the folder and write the configuration; refuse a folder of another run.

@@ -102,7 +102,9 @@ class Table:
             has = view.positions > 0
             wanted = token[rows]
             if len(has) != len(wanted) or (view.ids[view.positions] != wanted)[has].any():
-                raise ValueError(f"view {name} shows other tokens than stream {number} of the table")
+                raise ValueError(
+                    f"view {name} shows other tokens than stream {number} of the table"
+                )
             valid[rows] = has
         self.views[name], self.in_view[name] = views, torch.from_numpy(valid)
         return sum(view is None for view in views)

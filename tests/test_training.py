@@ -1,7 +1,6 @@
 """Training goes on after any death as if nothing had happened, and is not done twice.
 
-Every run is a forked child of this process, in which torch and transformers are imported already.
-What two runs left behind is compared by :func:`traces`: weights, optimiser, task stream, commits,
+A run that dies is a forked child of this process, in which torch is imported and warm already. What two runs left behind is compared by :func:`traces`: weights, optimiser, task stream, commits,
 metrics and evaluations, bit by bit; only clocks may differ.
 """
 
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -20,13 +20,15 @@ from typing import Any
 
 import pytest
 
-from agentdistill import crash
+from agentdistill import crash, iteration
+from agentdistill.callbacks import Callback
 from agentdistill.config import load
+from agentdistill.errors import ConfigError, EnvError, StoreError
 from agentdistill.recipe import execute
 from agentdistill.store import Store
-from tests.toy import micro
+from tests.toy import Corridor, micro
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks with torch loaded")
 
 TINY = {"hidden": 16, "heads": 1, "layers": 1, "tokenizer": {"vocabulary": 300, "episodes": 10}}
 
@@ -55,7 +57,7 @@ def recipe(output: Path, **changes: Any) -> dict[str, Any]:
     return micro(output, **{**values, **changes})
 
 
-# -- runs in children --------------------------------------------------------------------------------
+# -- runs in children ------------------------------------------------------------------------------
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -65,7 +67,6 @@ def fork(work: Callable[[], object]) -> int:
         return pid
     code = 1
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         crash._reached.clear()
         work()
         code = 0
@@ -113,7 +114,7 @@ def _count_calls(path: Path) -> None:
     HFEngine.generate = counted  # type: ignore[method-assign]  (in a child of its own)
 
 
-# -- what a run leaves behind -----------------------------------------------------------------------
+# -- what a run leaves behind ----------------------------------------------------------------------
 
 
 def traces(run: Path) -> dict[str, Any]:
@@ -173,54 +174,32 @@ def assert_same(run: Path, wanted: dict[str, Any]) -> None:
 
 
 class Reference:
-    """A run that nobody disturbed."""
+    """A run that nobody disturbed, in this process; it leaves everything imported and warm."""
 
     def __init__(self, output: Path) -> None:
-        self.calls = output / "calls"
-        reached = output / "reached"
-
-        def work() -> None:
-            os.environ[crash.VARIABLE] = "export:before-write:1"  # counts, and is never reached
-            _count_calls(self.calls)
-            execute(load(recipe(output)))
-            reached.write_text(json.dumps(crash._reached))
-
-        began = time.monotonic()
-        assert wait(fork(work)) == 0
-        self.seconds = time.monotonic() - began
-        self.reached: dict[str, int] = json.loads(reached.read_text())
-        self.traces = traces(output / "micro")
+        crash._reached.clear()
+        self.outcome = execute(load(recipe(output)))
+        self.reached = dict(crash._reached)
+        self.path = output / "micro"
+        self.traces = traces(self.path)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _warm() -> None:
-    """Import what children need, and nothing that a fork would not survive."""
-    import torch
-    import torch.utils.tensorboard  # noqa: F401
-    import transformers.models.qwen3.modeling_qwen3
-
-    import agentdistill.iteration  # noqa: F401
-
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(tmp_path_factory.mktemp("reference"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(crash.VARIABLE, "export:before-write:1")  # points count, and none is deadly
+        return Reference(tmp_path_factory.mktemp("reference"))
 
 
-# -- deaths ---------------------------------------------------------------------------------------------
+# -- deaths ----------------------------------------------------------------------------------------
 
 
-NEVER = {
-    "checkpoint:replacing",
-    "export:before-write",
-    "export:before-rename",
-    "export:after-rename",
-}
-"""Points that a run does not reach: no step is saved twice, nothing is exported."""
-
-POINTS = [name for name in crash.POINTS + crash.RUN_POINTS if name not in NEVER]
+POINTS = [
+    name
+    for name in crash.POINTS + crash.RUN_POINTS
+    if name != "checkpoint:replacing" and not name.startswith("export:")
+]
+"""What a run reaches: no step is saved twice, and nothing is exported."""
 
 
 def test_every_point_is_reached(reference: Reference) -> None:
@@ -230,11 +209,305 @@ def test_every_point_is_reached(reference: Reference) -> None:
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_every_point(tmp_path: Path, reference: Reference, point: str) -> None:
     """Again and again in the same run, each time a little later."""
-    for count in (1, 2, 4, 7):
-        code = finish(recipe(tmp_path), f"{point}:{count}")
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
-    assert count > 1
+    for count in (1, 3):
+        assert finish(recipe(tmp_path), f"{point}:{count}") == -signal.SIGKILL
     assert finish(recipe(tmp_path)) == 0
     assert_same(tmp_path / "micro", reference.traces)
+
+
+def test_killed_at_random(tmp_path: Path, reference: Reference) -> None:
+    """Three times, wherever it is then."""
+    rng = random.Random(11)
+    stages = tmp_path / "micro" / "stages"
+    for stage in ("taught", "back", "rewarded"):
+        child = start(recipe(tmp_path))
+        _until((stages / stage / "metrics.jsonl").exists)
+        time.sleep(rng.uniform(0, 0.2))
+        os.kill(child, signal.SIGKILL)
+        assert wait(child) in (-signal.SIGKILL, 0)
+    assert finish(recipe(tmp_path)) == 0
+    assert_same(tmp_path / "micro", reference.traces)
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_interrupted(tmp_path: Path, reference: Reference, workers: int) -> None:
+    """Ctrl-C, and the same command again."""
+    values = recipe(tmp_path, workers=workers)
+    child = start(values)
+    _until((tmp_path / "micro" / "stages" / "back" / "metrics.jsonl").exists)
+    os.kill(child, signal.SIGINT)
+    assert wait(child) == 130
+    assert finish(values) == 0
+    assert_same(tmp_path / "micro", reference.traces)
+
+
+def test_interrupted_and_repeated_in_the_same_process(tmp_path: Path, reference: Reference) -> None:
+    """As in a notebook, where the traceback keeps everything of the first try alive."""
+
+    class Impatient(Callback):
+        def on_iteration(self, stage: Any, iteration: int, *_: Any) -> None:
+            if (stage.name, iteration) == ("back", 2):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as kept:
+        execute(load(recipe(tmp_path)), [Impatient()])
+    execute(load(recipe(tmp_path)))
+    assert_same(tmp_path / "micro", reference.traces)
+    assert kept.tb is not None
+
+
+def test_killed_with_workers(tmp_path: Path, reference: Reference) -> None:
+    """The workers of a parent that died end by themselves, and do not hold the run."""
+    values = recipe(tmp_path, workers=2)
+    child = start(values)
+    _until((tmp_path / "micro" / "stages" / "back" / "metrics.jsonl").exists)
+    os.kill(child, signal.SIGKILL)
+    assert wait(child) == -signal.SIGKILL
+    _until(lambda: _free(tmp_path / "micro" / "stages" / "back"))
+    assert finish(values) == 0
+    assert_same(tmp_path / "micro", reference.traces)
+
+
+def _free(stage: Path) -> bool:
+    try:
+        Store(stage).close()
+    except StoreError:
+        return False
+    return True
+
+
+def test_killed_in_the_middle_of_a_tokenizer(tmp_path: Path, reference: Reference) -> None:
+    """What it left of the folder is not taken for a tokenizer."""
+
+    def work() -> None:
+        from transformers import PreTrainedTokenizerFast
+
+        save = PreTrainedTokenizerFast.save_pretrained
+
+        def half(self: Any, folder: Path) -> None:
+            save(self, folder)
+            (Path(folder) / "tokenizer_config.json").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        PreTrainedTokenizerFast.save_pretrained = half  # type: ignore[method-assign]
+        execute(load(recipe(tmp_path)))
+
+    assert wait(fork(work)) == -signal.SIGKILL
+    assert finish(recipe(tmp_path)) == 0
+    assert_same(tmp_path / "micro", reference.traces)
+
+
+# -- nothing is done twice -------------------------------------------------------------------------
+
+
+PAID = ("iteration:after-generate", "iteration:after-update", "commit:before", "commit:torn")
+
+
+def test_paid_rollouts_are_read_back(tmp_path: Path) -> None:
+    """What was played before a death between two commits costs no request again."""
+    asked, stage = [], recipe(tmp_path)["stages"][-1] | {"init": None, "checkpoint_every": 1}
+    for points in ((), tuple(f"{point}:{n}" for n, point in enumerate(PAID, 1))):
+        folder = tmp_path / str(len(points))
+        folder.mkdir()
+        values = recipe(folder, stages=[stage], evaluate={"policies": []})
+        for point in points:
+            assert finish(values, point, folder / "calls") == -signal.SIGKILL
+        assert finish(values, calls=folder / "calls") == 0
+        asked.append((folder / "calls").stat().st_size)
+    assert asked[0] == asked[1] > 100
+    assert_same(tmp_path / "4" / "micro", traces(tmp_path / "0" / "micro"))
+
+
+def test_a_finished_run_is_only_read(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {path: path.stat().st_mtime_ns for path in reference.path.rglob("*")}
+    monkeypatch.setattr(iteration.Training, "run", None)
+    monkeypatch.setattr("agentdistill.collect.collect", None)
+    monkeypatch.setattr("agentdistill.recipe.evaluate", None)
+    again = execute(load(recipe(reference.path.parent)))
+    assert again == reference.outcome
+    assert {path: path.stat().st_mtime_ns for path in reference.path.rglob("*")} == files
+
+
+def test_finished_stages_are_not_run_again(tmp_path: Path, reference: Reference) -> None:
+    """Only what is missing is done: here one stage and its evaluation."""
+    shutil.copytree(reference.path, tmp_path / "micro")
+    shutil.rmtree(tmp_path / "micro" / "stages" / "rewarded")
+    (tmp_path / "micro" / "evaluation" / "rewarded-greedy.json").unlink()
+    events = Events()
+    execute(load(recipe(tmp_path)), [events])
+    assert [(name, stage) for name, stage, *_ in events.seen if name != "iteration"] == [
+        ("start", "rewarded"),
+        ("end", "rewarded"),
+    ]
+    assert_same(tmp_path / "micro", reference.traces)
+
+
+class Events(Callback):
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def on_stage_start(self, stage: Any, folder: Path, iteration: int) -> None:
+        self.seen.append(("start", stage.name, iteration))
+
+    def on_iteration(self, stage: Any, iteration: int, metrics: Any, progress: float) -> None:
+        self.seen.append(("iteration", stage.name, iteration))
+
+    def on_stage_end(self, stage: Any, summary: Any) -> None:
+        self.seen.append(("end", stage.name, summary))
+
+
+def test_workers_change_nothing(tmp_path: Path, reference: Reference) -> None:
+    """Also where two stages and several evaluations run side by side."""
+    outcome = execute(load(recipe(tmp_path, workers=2)))
+    assert_same(tmp_path / "micro", reference.traces)
+    assert outcome.results == reference.outcome.results
+    assert list(outcome.stages) == list(reference.outcome.stages)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"sampling": {"max_tokens": 3}}, {"stages": []}])
+def test_another_configuration_in_the_same_folder_is_refused(
+    reference: Reference, change: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"name='micro': .* another configuration"):
+        execute(load(recipe(reference.path.parent, **change)))
+
+
+# -- what a stage does -------------------------------------------------------------------------------
+
+
+def test_the_curriculum_hands_over_earlier_and_earlier(reference: Reference) -> None:
+    with Store(reference.path / "stages" / "back", readonly=True) as store:
+        episodes = list(store.trajectories("back"))
+    with Store(reference.path / "stages" / "shown", readonly=True) as store:
+        guides = {t.task.key: t for t in store.trajectories("shown")}
+    for t in episodes:
+        guide = guides[t.task.key]
+        replayed = max(0, min(len(guide.turns) - 1 - t.counter, len(guide.turns) - 1))
+        assert len(t.start.actions) == replayed == len(t.turns) - len(t.acted)
+        assert [turn.actions for turn in t.turns[:replayed]] == [
+            turn.actions for turn in guide.turns[:replayed]
+        ]
+        assert not t.faults
+    assert {t.counter for t in episodes} == {0, 1, 2, 3}
+    totals = reference.outcome.stages["back"]
+    assert totals["replayed_steps"] == sum(len(t.start.actions) for t in episodes) > 0
+    assert totals["env_steps"] == sum(t.env_steps for t in episodes) > 0
+
+
+def test_versions_of_weights_are_on_every_turn(tmp_path: Path, reference: Reference) -> None:
+    with Store(reference.path / "stages" / "rewarded", readonly=True) as store:
+        for t in store.trajectories():
+            assert {turn.actor.version for turn in t.acted} == {t.provenance["iteration"]}
+
+
+def test_groups_are_samples_of_one_task(reference: Reference) -> None:
+    with Store(reference.path / "stages" / "rewarded", readonly=True) as store:
+        episodes = list(store.trajectories())
+    groups: dict[str, list[Any]] = {}
+    for t in episodes:
+        groups.setdefault(t.group, []).append(t)
+    assert len(groups) == 8
+    for members in groups.values():
+        assert [t.sample for t in members] == [0, 1, 2, 3]
+        assert len({t.task.key for t in members}) == 1
+        assert len({t.turns[0].text for t in members}) > 1, "samples have seeds of their own"
+
+
+def single(output: Path, stage: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A recipe of one train stage that learns from the (untrained) teacher."""
+    whole = {"name": "only", "teacher": "teacher", "iterations": 2, "tasks": 3, **stage}
+    return recipe(output, stages=[whole], **{"evaluate": {"policies": []}, **changes})
+
+
+def metrics(output: Path, stage: str = "only") -> list[dict[str, Any]]:
+    text = (output / "micro" / "stages" / stage / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_too_many_faults_stop_a_stage_and_it_goes_on_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = single(tmp_path, {"tasks": 6})
+    act = Corridor._advance
+
+    def weak(self: Corridor, action: str) -> Any:
+        if self._at == 3:
+            raise OSError("gone")
+        return act(self, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Corridor, "_advance", weak)
+        with pytest.raises(EnvError, match=r"of 6 episodes .* max_fault_rate=0\.2.*OSError: gone"):
+            execute(load(values))
+    execute(load(values))
+    assert len(metrics(tmp_path)) == 2
+
+
+def test_a_stage_survives_iterations_without_a_single_token(tmp_path: Path) -> None:
+    """Every episode breaks at once: counted, and nothing to learn from."""
+    for method in ("opd", "opd-exact", "grpo"):
+        stage = {"name": method.replace("-", "_"), "method": method, "max_fault_rate": 1.0}
+        if method == "grpo":
+            stage |= {"teacher": None, "samples": 2}
+        env = {"id": "tests.toy:Corridor", "options": {"break_at": 1}}
+        values = single(tmp_path, stage, env=env, name=method)
+        execute(load(values))
+    (first, _), _, _ = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(tmp_path.glob("*/stages/*/metrics.jsonl"))
+    )
+    assert first["faults"] > 0 and first["episodes"] == 0 and first["success"] is None
+
+
+def test_streams_that_do_not_fit_are_counted_or_refused(tmp_path: Path) -> None:
+    execute(load(single(tmp_path, {"max_length": 60})))
+    lines = metrics(tmp_path)
+    assert sum(line["dropped_streams"] for line in lines) > 0
+    assert all(line["rows"] > 0 for line in lines)
+    with pytest.raises(ConfigError, match=r"stages\.only\.max_length=8: .* longer than 8 tokens"):
+        execute(load(single(tmp_path, {"max_length": 8}, name="short")))
+
+
+def test_evaluation_while_training(tmp_path: Path) -> None:
+    values = single(tmp_path, {"iterations": 4, "evaluate_every": 2})
+    values["evaluate"] = {"policies": [], "tasks": 4}
+    execute(load(values))
+    lines = metrics(tmp_path)
+    tuned = {"tune/sampled/success", "tune/greedy/optimal", "tune/greedy/invalid"}
+    assert [tuned <= line.keys() for line in lines] == [False, True, False, True]
+    values["evaluate"]["tasks"] = 50
+    with pytest.raises(ConfigError, match=r"evaluate\.tasks=50"):
+        execute(load(values | {"name": "other"}))
+
+
+def test_adapters_and_dropout_are_seeded(tmp_path: Path, reference: Reference) -> None:
+    """What torch draws from its global generators comes from the run's seed, and only inside."""
+    import torch
+
+    folder = reference.path / "stages" / "taught" / "model"
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.3}
+    student = {"kind": "local", "path": str(folder), "device": "cpu", "lora": lora}
+    models = {
+        "teacher": {"kind": "local", "path": str(folder), "device": "cpu"},
+        "student": student,
+    }
+    stage = {"teacher": "teacher", "method": "opd-exact", "iterations": 3, "lr": 1e-2}
+    stage |= {"checkpoint_every": 1}
+    before = torch.random.get_rng_state()
+    execute(load(single(tmp_path / "a", stage, models=models)))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(17)
+    values = single(tmp_path / "b", stage, models=models)
+    assert finish(values, "iteration:after-update:2") == -signal.SIGKILL
+    execute(load(values))
+    torch.random.set_rng_state(before)
+    first = traces(tmp_path / "a" / "micro")
+    assert "stages/only/model/adapter_model.safetensors" in first
+    assert_same(tmp_path / "b" / "micro", first)

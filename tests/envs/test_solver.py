@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from agentdistill.envs.sokoban import Board, Level, Rooms, State, generate, parse, search, solve
@@ -54,10 +54,10 @@ def generated_levels(draw: st.DrawFn) -> Level:
         draw(st.integers(5, 6)), draw(st.integers(6, 7)), draw(st.integers(1, 3)),
         walls=draw(st.integers(0, 4)), min_moves=draw(st.integers(1, 12)),
     )
-    level = None
     rng = Random(draw(st.integers(0, 10**6)))
-    while level is None:
-        level = draw_level(rooms, None, rng)
+    level = next(filter(None, (draw_level(rooms, None, rng) for _ in range(30))), None)
+    assume(level is not None)
+    assert level is not None
     return Level(level.board, play(level, draw(st.lists(st.sampled_from(ACTIONS), max_size=8))))
 
 
