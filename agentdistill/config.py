@@ -378,7 +378,7 @@ def load(
     """
     if isinstance(source, RunConfig):
         source = source.model_dump()
-    values = _read(source) if isinstance(source, (str, Path)) else dict(source or {})
+    values = read(source) if isinstance(source, (str, Path)) else dict(source or {})
     for override in overrides:
         _override(values, override)
     try:
@@ -387,7 +387,8 @@ def load(
         raise _explain(error) from None
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, unchecked; ConfigError when it cannot be read."""
     try:
         text = Path(path).read_text()
     except OSError as error:

@@ -3,8 +3,8 @@
 Invariants
 ----------
 * Memory: hidden states of the rows, and one chunk of rows times the vocabulary; never the whole
-  tokens times vocabulary. The head is differentiated chunk by chunk down to the hidden states, whose
-  gradient then runs through the body once.
+  tokens times vocabulary. The head is differentiated chunk by chunk down to the hidden states,
+  whose gradient then runs through the body once.
 * The result does not depend on how the batch is cut into micro-batches, chunks or ranks (up to
   floating-point order): all denominators are known before the first backward.
 * Gradients are summed over ranks, never averaged, for the same reason.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
+from importlib.resources import as_file, files
 from typing import Any
 
-import yaml
-
-from agentdistill.config import RunConfig, load
+from agentdistill.config import RunConfig, load, read
 from agentdistill.methods.index import get
 
 STUDENT = "distilled"
@@ -16,8 +14,8 @@ STUDENT = "distilled"
 
 def recipe() -> dict[str, Any]:
     """The quickstart's configuration as it lies in the package."""
-    text = files("agentdistill").joinpath("recipes/quickstart.yaml").read_text()
-    return dict(yaml.safe_load(text))
+    with as_file(files("agentdistill").joinpath("recipes/quickstart.yaml")) as path:
+        return read(path)
 
 
 def configure(
@@ -49,8 +47,7 @@ def configure(
             stage["guide"] = "episodes"
             guide = {"name": "episodes", "do": "collect", "policy": "taught", "episodes": 1000}
             stages.insert(stages.index(stage), guide)
-    given = {"seed": seed, "name": name, "output": output}
+    parts = [values["name"], method, None if seed is None else f"seed{seed}"]
+    given = {"seed": seed, "output": output, "name": name or "-".join(filter(None, parts))}
     values.update({key: value for key, value in given.items() if value is not None})
-    if method is not None and name is None:
-        values["name"] = f"quickstart-{method}"
     return load(values, overrides)

@@ -7,9 +7,11 @@ that wrote it; nothing here imports torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -67,36 +69,66 @@ def peak_mib() -> float:
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
-class Stopwatch:
-    """Seconds of wall and of this process's CPU time since it was made or last read."""
+class Log:
+    """What a worker notes about itself: seconds (wall, and CPU time of the process) and memory."""
 
     def __init__(self) -> None:
-        """Start."""
+        """Start the clock."""
+        self.notes: dict[str, Any] = {"steps": []}
         self._last = (time.perf_counter(), time.process_time())
 
-    def lap(self) -> dict[str, float]:
-        """``wall`` and ``cpu`` seconds of the lap that ends now."""
+    def lap(self, name: str) -> None:
+        """The part called ``name`` ends now, and the next one begins."""
+        self.notes[name] = self._lap()
+        self.notes[f"{name}_mib"] = peak_mib()
+
+    def step(self) -> None:
+        """One of many equal steps ends now."""
+        self.notes["steps"].append(self._lap())
+
+    def _lap(self) -> dict[str, float]:
         now = (time.perf_counter(), time.process_time())
         wall, cpu = now[0] - self._last[0], now[1] - self._last[1]
         self._last = now
         return {"wall": wall, "cpu": cpu}
 
 
-def work(script: str, job: Mapping[str, Any], result: Path) -> dict[str, Any]:
-    """Run ``script --job JOB`` in a fresh process; return the JSON that it wrote to ``result``.
+def in_turns(
+    script: str, job: Mapping[str, Any], order: Sequence[str], folder: Path, title: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Run ``script --job JOB`` for the contenders in ``order``, one process after the other.
+
+    Args:
+        script: reads the job as JSON, leaves its notes (JSON) in the file ``result`` and its model
+            in the file ``weights``.
+        job: what all of them are told besides ``contender``, ``result`` and ``weights``.
+        order: names of contenders, each as often as it shall run.
+        folder: where the files go.
+        title: printed with the progress.
+
+    Returns:
+        The notes of each contender's processes, in order.
 
     Raises:
-        RuntimeError: the process failed; the end of what it said is in the message.
+        RuntimeError: a process failed; the end of what it said is in the message.
     """
-    result.unlink(missing_ok=True)
-    command = [sys.executable, script, "--job", json.dumps({**job, "result": str(result)})]
-    done = subprocess.run(
-        command, env={**os.environ, **ONE_THREAD}, capture_output=True, text=True, check=False
-    )
-    if done.returncode or not result.exists():
-        said = (done.stdout + done.stderr)[-3000:]
-        raise RuntimeError(f"worker ended with {done.returncode}: {json.dumps(job)}\n{said}")
-    return dict(json.loads(result.read_text()))
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in order}
+    for number, name in enumerate(order, 1):
+        print(f"{title}: {number}/{len(order)} {name}", flush=True)
+        files = {"result": f"{folder}/{number}.json", "weights": f"{folder}/{number}.safetensors"}
+        full = json.dumps({**job, **files, "contender": name})
+        done = subprocess.run(
+            [sys.executable, script, "--job", full],
+            env={**os.environ, **ONE_THREAD},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            said = (done.stdout + done.stderr)[-3000:]
+            raise RuntimeError(f"{title}, {name}: ended with {done.returncode}\n{said}")
+        runs[name].append({**json.loads(Path(files["result"]).read_text()), **files})
+    return runs
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -107,6 +139,76 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         "high": max(values),
         "n": len(values),
     }
+
+
+def cost(
+    runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], tokens: float, warm: int
+) -> dict[str, Any]:
+    """Seconds, memory, and the ratios to ``base``, run by run, over the repeats.
+
+    Args:
+        runs: notes of the processes of one contender, in order; see :class:`Log`.
+        base: those of the contender that it is compared with.
+        tokens: mean number of tokens per step.
+        warm: first steps of each process that do not count.
+
+    Returns:
+        A :func:`spread` for each; of a process the median step counts.
+    """
+    found: dict[str, Any] = {
+        "peak_mib": spread([run["end_mib"] for run in runs]),
+        "import_mib": spread([run["import_mib"] for run in runs]),
+    }
+    for kind in ("wall", "cpu"):
+        mine, theirs = (
+            [statistics.median(step[kind] for step in run["steps"][warm:]) for run in group]
+            for group in (runs, base)
+        )
+        found[f"step_{kind}_s"] = spread(mine)
+        found[f"tokens_per_{kind}_s"] = spread([tokens / seconds for seconds in mine])
+        found[f"ratio_{kind}"] = spread([a / b for a, b in zip(mine, theirs, strict=True)])
+        for part in ("import", "set_up"):
+            found[f"{part}_{kind}_s"] = spread([run[part][kind] for run in runs])
+    return found
+
+
+def agreement(
+    mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], start: Path, steps: int
+) -> dict[str, Any]:
+    """How far two contenders are apart in their last processes.
+
+    Args:
+        mine: notes of one contender's processes, with ``losses``, ``digest`` and ``weights``.
+        theirs: those of the other.
+        start: the weights before training.
+        steps: so many losses are compared.
+
+    Returns:
+        ``loss``: greatest difference over the first ``steps``; ``weights``: norm of the difference
+        of all final weights over the norm of ``theirs``; ``update``: the same over the norm of what
+        training changed; ``repeats``: whether each of them always ended with the same weights.
+    """
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    pairs = list(zip(mine[-1]["losses"], theirs[-1]["losses"], strict=True))[:steps]
+    a, b, origin = (
+        np.concatenate([part.ravel() for _, part in sorted(load_file(file).items())])
+        for file in (mine[-1]["weights"], theirs[-1]["weights"], start)
+    )
+    distance = float(np.linalg.norm(a - b))
+    return {
+        "steps": len(pairs),
+        "loss": max(abs(one - other) for one, other in pairs),
+        "weights": distance / float(np.linalg.norm(b)),
+        "update": distance / float(np.linalg.norm(b - origin)),
+        "repeats": all(len({run["digest"] for run in runs}) == 1 for runs in (mine, theirs)),
+    }
+
+
+def digest(file: Path) -> str:
+    """First half of the hexadecimal SHA-256 of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
 
 
 def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -120,10 +222,46 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def show_cost(costs: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of the medians of :func:`cost`, a contender a row."""
+    columns = {
+        "s/step": ("step_wall_s", ".3f"),
+        "CPU s/step": ("step_cpu_s", ".3f"),
+        "tokens/CPU s": ("tokens_per_cpu_s", ".0f"),
+        "x s": ("ratio_wall", ".2f"),
+        "x CPU s": ("ratio_cpu", ".2f"),
+        "import CPU s": ("import_cpu_s", ".1f"),
+        "peak MiB": ("peak_mib", ".0f"),
+    }
+    rows = [
+        [name, *(format(found[key]["median"], style) for key, style in columns.values())]
+        for name, found in costs.items()
+    ]
+    return show(("", *columns), rows)
+
+
+def show_agreement(pairs: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of :func:`agreement`, a pair a row."""
+    keys = ("loss", "weights", "update")
+    rows = [[name, *(f"{found[key]:.1e}" for key in keys)] for name, found in pairs.items()]
+    return show(("difference", *keys), rows)
+
+
 def save(path: Path, results: Mapping[str, Any]) -> None:
-    """Write ``results`` as JSON; an older file is replaced."""
+    """Write ``results`` as JSON, innermost lists on one line; an older file is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(results, indent=1) + "\n")
+    text = json.dumps(_short(results), indent=1)
+    flat = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda found: re.sub(r"\n\s*", " ", found[0]), text)
+    write_text(path, flat + "\n")
+
+
+def _short(value: Any) -> Any:
+    """``value`` with every float at seven significant digits, as many as float32 has."""
+    if isinstance(value, Mapping):
+        return {key: _short(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_short(part) for part in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _now() -> str:

@@ -8,8 +8,8 @@ Invariants
 * Each contender runs in fresh processes, one at a time, in turns (A B C A B C …): the machine may
   be busy, and a slow minute then hits all of them. Ratios compare neighbours.
 * A step lasts from the end of one optimiser step to the end of the next, so that everything in
-  between counts: drawing up the batch, logging, callbacks.
-* That all contenders trained on the same positions and started from the same weights is checked in
+  between counts: putting the batch together, metrics, callbacks.
+* That all contenders started from the same weights and trained the same positions is checked in
   every run, on what each of them really used.
 """
 
@@ -19,23 +19,36 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Stopwatch, facts, finished, peak_mib, save, show, spread, work
+from common import (
+    RESULTS,
+    Log,
+    agreement,
+    cost,
+    digest,
+    facts,
+    finished,
+    in_turns,
+    save,
+    show_agreement,
+    show_cost,
+)
 
 STAGE = "demos"
 WARM = 2
 """First steps of each process that do not count in times."""
 CURVE = 20
 """Steps whose losses are compared."""
-SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.98), "clip_norm": 1.0, "weight_decay": 0.0}
+DECAY = 0.1
+"""Weight decay of the two controls that have any."""
+DECAYED = ("ours, decay", "trl, decay")
+SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.98), "clip_norm": 1.0}
 """Of the optimiser, in the words of a train stage."""
 
 
@@ -50,29 +63,33 @@ class Size:
         repeats: processes per contender.
         model: changes to the quickstart's teacher.
         vocabulary: the ids of the episodes are spread at random over so many, or None.
+        everything: train every token and not only the actor's.
+        contenders: who takes part.
+        controls: who runs once more, for agreement only.
         seed: of episodes, weights and spreading.
     """
 
     name: str
     batch: int = 16
-    steps: int = 60
-    repeats: int = 5
-    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    steps: int = 20
+    repeats: int = 3
+    model: Mapping[str, Any] = field(default_factory=dict)
     vocabulary: int | None = None
+    everything: bool = False
+    contenders: Sequence[str] = ("ours", "trl", "trl, padding-free")
+    controls: Sequence[str] = ()
     seed: int = 0
 
 
-SMALL = [Size("small", steps=6, repeats=1)]
-FULL = [
-    Size("quickstart"),
-    Size(
-        "large vocabulary",
-        steps=22,
-        repeats=3,
-        model={"hidden": 256, "heads": 8, "layers": 4, "feed_forward": None},
-        vocabulary=32_000,
-    ),
-]
+BOTH = ("ours", "trl")
+WIDE = {"hidden": 256, "heads": 8, "layers": 4, "feed_forward": None}
+SMALL = (Size("small", batch=4, steps=5, repeats=1, contenders=BOTH),)
+FULL = (
+    Size("quickstart", steps=60, repeats=5, controls=("ours, cut finer", *DECAYED)),
+    Size("quickstart, all tokens", steps=40, everything=True, contenders=BOTH),
+    Size("large head", model=WIDE, vocabulary=32_000),
+    Size("large head, all tokens", 16, 8, 3, WIDE, 32_000, everything=True, contenders=BOTH),
+)
 
 
 # -- data: made once per size, read by all workers ------------------------------------------------
@@ -86,44 +103,51 @@ def prepare(size: Size, folder: Path) -> dict[str, Any]:
     from agentdistill.export import export
     from agentdistill.quickstart import configure
     from agentdistill.recipe import execute
+    from agentdistill.records import Author
     from agentdistill.render import Renderer, materialise
     from agentdistill.run import Run
     from agentdistill.store import Store
 
-    count = size.batch * size.steps
-    overrides = (f"stages.{STAGE}.episodes={count}", f"stages.{STAGE}.batch={min(count, 256)}")
+    wanted = size.batch * size.steps
+    overrides = (f"stages.{STAGE}.episodes={wanted}", f"stages.{STAGE}.batch={min(wanted, 256)}")
     config = configure(seed=size.seed, output=str(folder), overrides=overrides)
     execute(config, only=[STAGE])
     the_run = Run(config)
     tokenizer = the_run.tokenizer(_model(size))
     renderer = Renderer(tokenizer, config.prompt, the_run.env.instruction)
     episodes = [materialise(episode, renderer) for episode in the_run.episodes(STAGE)]
+    episodes = _change(episodes, size, len(tokenizer))
     if size.vocabulary:
-        episodes = _spread(episodes, len(tokenizer), size.vocabulary, size.seed)
         tokenizer.add_tokens([f"<{n}>" for n in range(len(tokenizer), size.vocabulary)])
     tokenizer.save_pretrained(folder / "tokenizer")
     with Store(folder / "episodes") as store:
         store.commit(STAGE, 0, [store.write(STAGE, 0, episodes)], {})
         export(store, folder / "rows.jsonl")
-    streams = [stream for episode in episodes for stream in episode.streams]
-    return {
-        "episodes": len(episodes),
-        "vocabulary": len(tokenizer),
-        "tokens": sum(map(len, streams)),
-        "trained_tokens": sum(int((stream.author == 1).sum()) for stream in streams),
-    }
+    authors = [stream.author for episode in episodes for stream in episode.streams]
+    trained = sum(int((author == Author.ACTOR).sum()) for author in authors)
+    counts = {"episodes": len(episodes), "vocabulary": len(tokenizer)}
+    return {**counts, "tokens": sum(map(len, authors)), "trained_tokens": trained}
 
 
-def _spread(episodes: list[Any], known: int, vocabulary: int, seed: int) -> list[Any]:
-    """The same episodes with every id replaced by its own random one of ``vocabulary``."""
+def _change(episodes: list[Any], size: Size, known: int) -> list[Any]:
+    """The episodes with ids spread over the vocabulary and other authors, as ``size`` wants."""
     import numpy as np
 
-    new = np.random.default_rng(seed).permutation(vocabulary)[:known].astype(np.int32)
+    from agentdistill.records import Author
 
-    def swap(stream: Any) -> Any:
-        return dataclasses.replace(stream, ids=new[stream.ids])
+    new = np.arange(known, dtype=np.int32)
+    if size.vocabulary:
+        chosen = np.random.default_rng(size.seed).permutation(size.vocabulary)
+        new = chosen[:known].astype(np.int32)
 
-    return [dataclasses.replace(e, streams=tuple(map(swap, e.streams))) for e in episodes]
+    def changed(stream: Any) -> Any:
+        author = stream.author
+        if size.everything:  # but the first: nothing predicts it
+            author = np.full_like(author, Author.ACTOR)
+            author[0] = Author.CONTEXT
+        return dataclasses.replace(stream, ids=new[stream.ids], author=author)
+
+    return [dataclasses.replace(e, streams=tuple(map(changed, e.streams))) for e in episodes]
 
 
 def _model(size: Size) -> Any:
@@ -133,56 +157,23 @@ def _model(size: Size) -> Any:
     return configure().models["teacher"].model_copy(update=dict(size.model))
 
 
-def _fresh(size: Size, folder: Path) -> tuple[Any, Any]:
-    """The model at its first weights, and the tokenizer."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from agentdistill.students import tiny
-
-    torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    return tiny.build(_model(size), tokenizer, size.seed), tokenizer
-
-
 # -- contenders: run in processes of their own ----------------------------------------------------
 
 
-class Log:
-    """What a worker notes about itself."""
+@dataclass(slots=True)
+class Done:
+    """What a contender leaves: the trained model, its losses, (stream, position, token) trained."""
 
-    def __init__(self) -> None:
-        """Start the clock."""
-        self.notes: dict[str, Any] = {}
-        self.losses: list[float] = []
-        self._steps: list[dict[str, float]] = []
-        self._clock = Stopwatch()
-
-    def imported(self) -> None:
-        """All imports are done."""
-        self.notes["import"] = self._clock.lap()
-
-    def ready(self) -> None:
-        """Model and data are loaded; the first step begins."""
-        self.notes["set_up"] = self._clock.lap()
-        self.notes["mib_before"] = peak_mib()
-
-    def step(self) -> None:
-        """An optimiser step is done."""
-        self._steps.append(self._clock.lap())
-
-    def to_json(self, model: Any, start: str, trained: str, mib: float) -> dict[str, Any]:
-        """Everything, with the digests of what was used."""
-        steps = {kind: [step[kind] for step in self._steps] for kind in ("wall", "cpu")}
-        digests = {"start": start, "trained": trained, "end": _weights(model)}
-        return {**self.notes, **digests, "mib": mib, "steps": steps, "losses": self.losses}
+    model: Any
+    losses: list[float]
+    trained: Iterable[tuple[int, int, int]]
 
 
 def ours(
     size: Size, folder: Path, log: Log, *, micro_tokens: int = 16384, decay: float = 0.0
-) -> dict[str, Any]:
+) -> Done:
     """What an iteration on recorded episodes does: table, method's columns, backward, step."""
-    import transformers.models.qwen3.modeling_qwen3  # noqa: F401  (loaded lazily otherwise)
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401  (loaded late otherwise)
 
     from agentdistill.config import TrainStage
     from agentdistill.methods import compile as plan
@@ -191,56 +182,53 @@ def ours(
     from agentdistill.store import Store
     from agentdistill.table import build
 
-    log.imported()
-    model, _ = _fresh(size, folder)
-    start = _weights(model)
+    log.lap("import")
+    model, _ = _fresh(size, folder, log)
     settings = {**SETTINGS, "weight_decay": decay, "micro_tokens": micro_tokens}
     stage = TrainStage(name="taught", method="sft", iterations=size.steps, **settings)
     axes = get("sft").axes
     terms, optimiser = plan.terms(axes), Optimiser(model, stage)
     with Store(folder / "episodes", readonly=True) as store:
         episodes = list(store.trajectories(STAGE))
+    losses = []
     model.train()
-    log.ready()
+    log.lap("set_up")
     for first in range(0, len(episodes), size.batch):
         table = build(episodes[first : first + size.batch])
         plan.fill(table, axes)
         batch = backward(model, table, terms, {}, micro_tokens=stage.micro_tokens)
         optimiser.step(first / len(episodes))
-        log.losses.append(batch.losses["nll"])
+        losses.append(batch.losses["nll"])
         log.step()
-    mib = peak_mib()
+    log.lap("end")
     table = build(episodes)
     plan.fill(table, axes)
     rows = table["rows/kd"]
-    places = zip(
-        *(table[name][rows].tolist() for name in ("stream", "position", "token")), strict=True
-    )
-    _keep(model, folder, log)
-    return log.to_json(model, start, _digest(places), mib)
+    columns = (table[name][rows].tolist() for name in ("stream", "position", "token"))
+    return Done(model, losses, zip(*columns, strict=True))
 
 
 def trl(
     size: Size, folder: Path, log: Log, *, padding_free: bool = False, decay: float = 0.0
-) -> dict[str, Any]:
+) -> Done:
     """SFTTrainer on rows of ``input_ids`` and ``labels``, which it takes as they are."""
-    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401  (loaded late otherwise)
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     class Steps(TrainerCallback):
         """Notes the time."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            log.ready()
+            log.lap("set_up")
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             log.step()
 
-    log.imported()
-    model, tokenizer = _fresh(size, folder)
-    start = _weights(model)
+    log.lap("import")
+    model, tokenizer = _fresh(size, folder, log)
     with tempfile.TemporaryDirectory() as output:
         trainer = SFTTrainer(
             model=model,
@@ -250,38 +238,34 @@ def trl(
             callbacks=[Steps()],
         )
         trainer.remove_callback(PrinterCallback)
+        trained_on: Any = trainer.train_dataset
         trainer.train()
-        mib = peak_mib()
-    log.losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    labels = enumerate(trainer.train_dataset["labels"])
+    log.lap("end")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    labels = enumerate(trained_on["labels"])
     trained = ((n, at, i) for n, row in labels for at, i in enumerate(row) if at and i != -100)
-    _keep(model, folder, log)
-    return log.to_json(model, start, _digest(trained), mib)
+    return Done(model, losses, trained)
 
 
 def _trl_settings(size: Size, output: str, padding_free: bool, decay: float) -> dict[str, Any]:
-    """Arguments of SFTConfig: the same algorithm, and nothing on that would only cost time."""
-    beta1, beta2 = SETTINGS["betas"]
-    same = {
+    """Arguments of SFTConfig: the same algorithm, and nothing switched on that only costs time."""
+    return {
         "per_device_train_batch_size": size.batch,
         "max_steps": size.steps,
         "train_sampling_strategy": "sequential",
         "learning_rate": SETTINGS["lr"],
         "lr_scheduler_type": "constant",
-        "adam_beta1": beta1,
-        "adam_beta2": beta2,
+        "adam_beta1": SETTINGS["betas"][0],
+        "adam_beta2": SETTINGS["betas"][1],
         "weight_decay": decay,
         "max_grad_norm": SETTINGS["clip_norm"],
         "max_length": None,
-        "bf16": False,
-    }
-    return {
-        **same,
-        "output_dir": output,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
         "padding_free": padding_free,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
         "dataloader_pin_memory": False,
+        "output_dir": output,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -291,54 +275,125 @@ def _trl_settings(size: Size, output: str, padding_free: bool, decay: float) -> 
 
 def _rows(path: Path) -> list[dict[str, list[int]]]:
     """One row per stream of the exported episodes; only what the actor wrote has labels."""
+    from agentdistill.records import Author
+
     rows = []
     for line in path.read_text().splitlines():
         episode = json.loads(line)
         for ids, authors in zip(episode["ids"], episode["authors"], strict=True):
             pairs = zip(ids, authors, strict=True)
-            rows.append({"input_ids": ids, "labels": [i if a == 1 else -100 for i, a in pairs]})
+            labels = [i if author == Author.ACTOR else -100 for i, author in pairs]
+            rows.append({"input_ids": ids, "labels": labels})
     return rows
 
 
-def _digest(parts: Iterable[Any]) -> str:
-    content = hashlib.sha256()
-    for part in parts:
-        content.update(repr(part).encode())
-    return content.hexdigest()[:16]
-
-
-def _weights(model: Any) -> str:
-    """Digest of all parameters."""
-    content = hashlib.sha256()
-    for name, value in model.named_parameters():
-        content.update(name.encode() + value.detach().numpy().tobytes())
-    return content.hexdigest()[:16]
-
-
-def _keep(model: Any, folder: Path, log: Log) -> None:
-    """Save the final weights for the comparison."""
+def _fresh(size: Size, folder: Path, log: Log) -> tuple[Any, Any]:
+    """The model at its first weights, and the tokenizer."""
+    import torch
     from safetensors.torch import save_file
+    from transformers import AutoTokenizer
 
-    path = folder / f"weights-{len(list(folder.glob('weights-*')))}.safetensors"
-    save_file({name: value.detach() for name, value in model.named_parameters()}, path)
-    log.notes["weights"] = path.name
+    from agentdistill.students import tiny
+
+    torch.set_num_threads(1)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    model = tiny.build(_model(size), tokenizer, size.seed)
+    save_file(_weights(model), folder / "start.safetensors")
+    log.notes["start"] = digest(folder / "start.safetensors")
+    return model, tokenizer
 
 
-TIMED: dict[str, Callable[..., dict[str, Any]]] = {
+def _weights(model: Any) -> dict[str, Any]:
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+CONTENDERS: dict[str, Callable[..., Done]] = {
     "ours": ours,
     "trl": trl,
     "trl, padding-free": partial(trl, padding_free=True),
+    "ours, cut finer": partial(ours, micro_tokens=256),
+    DECAYED[0]: partial(ours, decay=DECAY),
+    DECAYED[1]: partial(trl, decay=DECAY),
 }
-CONTROLS: dict[str, Callable[..., dict[str, Any]]] = {
-    "ours, 4 micro-batches or more": partial(ours, micro_tokens=512),
-    "ours, decay 0.1": partial(ours, decay=0.1),
-    "trl, decay 0.1": partial(trl, decay=0.1),
+PAIRS = {
+    "trl": "ours",
+    "trl, padding-free": "ours",
+    "ours, cut finer": "ours",
+    "trl, decay": "ours, decay",
 }
-"""Run once, for agreement only: rounding alone, and what weight decay means."""
+"""Who is compared with whom for agreement; cut finer shows what rounding alone does."""
 
 
 def worker(job: Mapping[str, Any]) -> None:
-    """Run one contender and write what it noted to the job's ``result``."""
-    contender = {**TIMED, **CONTROLS}[job["contender"]]
-    found = contender(Size(**job["size"]), Path(job["folder"]), Log())
-    Path(job["result"]).write_text(json.dumps(found))
+    """Run one contender; leave what it noted and its weights."""
+    from safetensors.torch import save_file
+
+    log = Log()
+    done = CONTENDERS[job["contender"]](Size(**job["size"]), Path(job["folder"]), log)
+    save_file(_weights(done.model), job["weights"])
+    trained = hashlib.sha256(repr(list(done.trained)).encode()).hexdigest()[:32]
+    log.notes.update(losses=done.losses, trained=trained, digest=digest(Path(job["weights"])))
+    Path(job["result"]).write_text(json.dumps(log.notes))
+
+
+# -- the comparison -------------------------------------------------------------------------------
+
+
+def compare(size: Size, folder: Path) -> dict[str, Any]:
+    """Everything about one size."""
+    data = prepare(size, folder)
+    job = {"size": dataclasses.asdict(size), "folder": str(folder)}
+    order = [*size.contenders] * size.repeats + [*size.controls]
+    runs = in_turns(__file__, job, order, folder, size.name)
+    for fact in ("start", "trained"):
+        if len({run[fact] for found in runs.values() for run in found}) != 1:
+            raise RuntimeError(f"{size.name}: contenders differ in {fact}; nothing to compare")
+    tokens = data["tokens"] / size.steps
+    start = folder / "start.safetensors"
+    return {
+        "size": job["size"],
+        "data": data,
+        "cost": {name: cost(runs[name], runs["ours"], tokens, WARM) for name in size.contenders},
+        "agreement": {
+            f"{one} / {other}": agreement(runs[one], runs[other], start, CURVE)
+            for one, other in PAIRS.items()
+            if one in runs and other in runs
+        },
+        "losses": {name: found[-1]["losses"] for name, found in runs.items()},
+    }
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """The tables of one size."""
+    data = found["data"]
+    share = data["trained_tokens"] / data["tokens"]
+    title = f"{found['size']['name']}: {data['vocabulary']} ids, {share:.0%} of tokens trained"
+    return f"{title}\n{show_cost(found['cost'])}\n\n{show_agreement(found['agreement'])}\n"
+
+
+def main() -> None:
+    """Read the command line, run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="seconds: shows that it works")
+    text = "JSON file; by default results/sft.json, with --small none"
+    parser.add_argument("--output", type=Path, help=text)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.job:
+        worker(json.loads(given.job))
+        return
+    known = facts("trl", "accelerate", "datasets", "safetensors")
+    comparisons = []
+    for size in SMALL if given.small else FULL:
+        with tempfile.TemporaryDirectory() as folder:
+            comparisons.append(compare(size, Path(folder)))
+        print(f"\n{report(comparisons[-1])}")
+    settings = {**SETTINGS, "decay_of_controls": DECAY, "warm_steps": WARM, "curve_steps": CURVE}
+    results = {"machine": finished(known), "settings": settings, "comparisons": comparisons}
+    output = given.output or (None if given.small else RESULTS / "sft.json")
+    if output is not None:
+        save(output, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -166,7 +166,9 @@ def gradient(model: Any, loss: Tensor | None = None) -> Tensor:
         parts = tuple(p.grad for p in parameters)
         model.zero_grad(set_to_none=True)
     pairs = zip(parts, parameters, strict=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs]
+    )
 
 
 def gap(got: Tensor, wanted: Tensor) -> float:

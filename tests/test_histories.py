@@ -69,7 +69,9 @@ def played(name: str, told: bool = False) -> tuple[Trajectory, ...]:
     renderer = Renderer(tokenizer(), PROMPTS[name], Corridor().instruction)
     policy = ModelPolicy("student", Scripted(), renderer, Sampling())
     tasks = list(Corridor().tasks("train"))[:3]
-    requests = [Request(task, 10 * n + k, f"g{n}", k) for n, task in enumerate(tasks) for k in (0, 1)]
+    requests = [
+        Request(task, 10 * n + k, f"g{n}", k) for n, task in enumerate(tasks) for k in (0, 1)
+    ]
     found = run(rollout(policy, Corridor, requests, max_turns=7, grammar="action"))
     return tuple(materialise(t, renderer) for t in found) if told else tuple(found)
 

@@ -66,7 +66,9 @@ def of_tokens(log_p: Tensor, said: Sequence[int]) -> Tensor:
     return torch.stack([row[token] for row, token in zip(log_p, said, strict=True)])
 
 
-def check(model: Any, table: Table, terms: list[Term], dense: dict[str, Tensor], **heads: Any) -> None:
+def check(
+    model: Any, table: Table, terms: list[Term], dense: dict[str, Tensor], **heads: Any
+) -> None:
     """Value of every term, and the gradient of their sum; cut finely, to be sure."""
     batch = backward(model, table, terms, heads, micro_tokens=30, chunk_rows=3)
     mine = gradient(model)
@@ -125,7 +127,9 @@ def without_hint(trajectory: Trajectory, stream: int) -> View:
 
 def ppo_on(anchor: str) -> TokenLoss:
     """Clipped surrogate whose ratio is anchored in column ``anchor``."""
-    return TokenLoss((anchor, "advantage"), lambda logp, c: ppo_loss(logp, c[anchor], c["advantage"]))
+    return TokenLoss(
+        (anchor, "advantage"), lambda logp, c: ppo_loss(logp, c[anchor], c["advantage"])
+    )
 
 
 def privileged_advantage(table: Table, old: Any) -> Tensor:
@@ -149,9 +153,7 @@ def test_pi_distill_trains_two_views_of_the_same_rows() -> None:
     old = make_model(0)
     student = moved(old)
     attempts = [Attempt(seed) for seed in range(4)]
-    table = build(
-        [sampled_by(old, a.record("g")) for a in attempts], {"student": without_hint}
-    )
+    table = build([sampled_by(old, a.record("g")) for a in attempts], {"student": without_hint})
     table["advantage"] = privileged_advantage(table, old)
     loss = ppo_on("logp/sampler")
     terms = [
@@ -302,7 +304,9 @@ def test_sd_zero_srt_selects_rows_of_one_stream_twice() -> None:
             -of_tokens(rows_of_list(student, [*x, *first, *phrase], second), second)
         )
         found["sampled"] += [whole[: len(first)], whole[-len(second) :]]
-    dense = {n: torch.cat(v).mean() * t.coef for (n, v), t in zip(found.items(), terms, strict=True)}
+    dense = {
+        n: torch.cat(v).mean() * t.coef for (n, v), t in zip(found.items(), terms, strict=True)
+    }
     check(student, table, terms, dense)
 
 

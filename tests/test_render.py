@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -147,7 +148,9 @@ def test_the_window_counts_turns_and_keeps_the_instruction() -> None:
     for number in range(3):
         conversation.add(f"seen {number}", mine.written(f"said {number}"))
     text = mine.tokenizer.decode(conversation.ask("seen 3")[0])
-    assert text == "<|system|>Walk.<|user|>seen 2<|assistant|>said 2<|end|><|user|>seen 3<|assistant|>"
+    assert (
+        text == "<|system|>Walk.<|user|>seen 2<|assistant|>said 2<|end|><|user|>seen 3<|assistant|>"
+    )
 
 
 def test_dropping_reasoning_deletes_its_tokens_and_nothing_else() -> None:
@@ -172,7 +175,7 @@ def split(mine: Renderer, text: str, cuts: list[int]) -> tuple[int, ...]:
     letters = "".join(bytes_)
     borders = sorted({0, len(letters), *(c % (len(letters) + 1) for c in cuts)})
     ids: list[int] = []
-    for begin, end in zip(borders, borders[1:], strict=False):
+    for begin, end in pairwise(borders):
         piece = letters[begin:end]
         ids += [alphabet[piece]] if piece in alphabet else [alphabet[c] for c in piece]
     return tuple(ids)
@@ -199,7 +202,9 @@ words = st.text(st.sampled_from("ab 右ü🚪<>\n"), max_size=8)
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(["plain", "action", "answer"]),
-    st.builds("{}<think>{}</think>{}<action>{}</action>{}".format, words, words, words, words, words)
+    st.builds(
+        "{}<think>{}</think>{}<action>{}</action>{}".format, words, words, words, words, words
+    )
     | st.builds("<answer>{} || {}</answer>{}".format, words, words, words)
     | words,
     st.lists(st.integers(0, 200), max_size=12),
@@ -297,7 +302,9 @@ def test_materialising_again_changes_nothing() -> None:
     twice = materialise(once, mine)
     assert once.turns == twice.turns
     for one, two in zip(once.streams, twice.streams, strict=True):
-        assert all(np.array_equal(getattr(one, c), getattr(two, c)) for c in ("ids", "author", "kind"))
+        assert all(
+            np.array_equal(getattr(one, c), getattr(two, c)) for c in ("ids", "author", "kind")
+        )
 
 
 def test_the_fingerprint_names_what_changes_the_ids() -> None:

@@ -180,9 +180,7 @@ def test_index_columns_equal_loops_over_the_records(window: int | None) -> None:
 @given(st.lists(st.lists(st.sampled_from([0, 0, 1, 1, 2, 3, 4]), max_size=15), max_size=4))
 def test_steps_are_maximal_runs(authors: list[list[int]]) -> None:
     streams = tuple(stream_of([CONTEXT, *part]) for part in authors)
-    turns = tuple(
-        Turn(n, "", Actor("a"), span=Span(n, 0, len(s))) for n, s in enumerate(streams)
-    )
+    turns = tuple(Turn(n, "", Actor("a"), span=Span(n, 0, len(s))) for n, s in enumerate(streams))
     whole = Trajectory(Task("e", "train", {}), "g", 0, turns, streams, "failure", False, 0.0)
     table = build([whole, whole])
     steps, step = [], -1

@@ -77,7 +77,7 @@ def advice(env: Any) -> int | None:
 
 
 def record(env: Any, rng: random.Random) -> dict[str, Any]:
-    """One episode: the room, and per step the action, the state, the reward and whether it ended."""
+    """One episode: the room, then per step the action, the state, the reward and the end."""
     room = {"shape": env.room_fixed.shape, "fixed": text(env.room_fixed)}
     room["start"] = text(env.room_state)
     steps = []

@@ -51,8 +51,11 @@ def play(level: Level, actions: list[str] | tuple[str, ...]) -> State:
 def generated_levels(draw: st.DrawFn) -> Level:
     """A generated room after some random moves, which may have spoilt it."""
     rooms = Rooms(
-        draw(st.integers(5, 6)), draw(st.integers(6, 7)), draw(st.integers(1, 3)),
-        walls=draw(st.integers(0, 4)), min_moves=draw(st.integers(1, 12)),
+        draw(st.integers(5, 6)),
+        draw(st.integers(6, 7)),
+        draw(st.integers(1, 3)),
+        walls=draw(st.integers(0, 4)),
+        min_moves=draw(st.integers(1, 12)),
     )
     rng = Random(draw(st.integers(0, 10**6)))
     level = next(filter(None, (draw_level(rooms, None, rng) for _ in range(30))), None)
@@ -173,8 +176,11 @@ def test_boxoban_levels_are_solved_optimally() -> None:
 COST = st.one_of(st.integers(0, 9), st.just(math.inf))
 
 
-@given(st.integers(1, 4).flatmap(lambda n: st.lists(st.lists(COST, min_size=n, max_size=n),
-                                                    min_size=n, max_size=n)))
+@given(
+    st.integers(1, 4).flatmap(
+        lambda n: st.lists(st.lists(COST, min_size=n, max_size=n), min_size=n, max_size=n)
+    )
+)
 @settings(max_examples=200)
 def test_assignment_is_the_cheapest_of_all(costs: list[list[float]]) -> None:
     size = len(costs)

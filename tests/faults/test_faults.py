@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agentdistill import advantage, divergence, optimise
+from agentdistill import advantage, divergence, optimise, views
 from agentdistill import table as tables
 from agentdistill.engines.base import Engine
 from agentdistill.engines.hf import HFEngine
@@ -21,7 +21,7 @@ from agentdistill.records import Author, StreamBuilder
 from agentdistill.render import Conversation, Frames, Reply
 from agentdistill.table import Table
 from agentdistill.teachers import scorer
-from agentdistill.views import View, plain
+from agentdistill.views import View
 from tests.faults import watch
 
 HEALTHY, BROKEN = 2e-5, 1e-2
@@ -74,9 +74,7 @@ def _(patch: pytest.MonkeyPatch) -> None:
 @fault("teacher scored with other tokens", watch.gradient_gap)
 def _(patch: pytest.MonkeyPatch) -> None:
     true = scorer.log_probs_at
-    patch.setattr(
-        scorer, "log_probs_at", lambda m, hidden, token: true(m, hidden, token.roll(1))
-    )
+    patch.setattr(scorer, "log_probs_at", lambda m, hidden, token: true(m, hidden, token.roll(1)))
 
 
 @fault("log-probabilities filed under other rows", watch.sampler_gap)
@@ -183,12 +181,13 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @fault("hint not injected", watch.hint_silence)
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(watch, "splice", lambda stream, parts: _unspliced(stream))
+    patch.setattr(views, "splice", lambda stream, _: View(stream.ids, views.rows_of(stream)))
 
 
-@fault("hint read, but not by the scorer", watch.hint_silence)
+@fault("hint built, but every view is the plain one", watch.hint_silence)
 def _(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(watch, "_hinted", plain)
+    true = Table.add_view
+    patch.setattr(Table, "add_view", lambda self, name, _: true(self, name, views.plain))
 
 
 @fault("hint read at a shifted position", watch.hinted_gap)
@@ -200,12 +199,6 @@ def _(patch: pytest.MonkeyPatch) -> None:
         return ids, [w - 1 for w in where], rows
 
     patch.setattr(scorer, "gather", gather)
-
-
-def _unspliced(stream: Any) -> View:
-    from agentdistill.views import rows_of
-
-    return View(stream.ids, rows_of(stream))
 
 
 # -- numbers --------------------------------------------------------------------------------------
@@ -248,7 +241,9 @@ def _dropped(value: float, share: slice) -> Plant:
 
 fault("teacher's column all zeros", watch.gradient_gap)(_dropped(0.0, slice(None)))
 fault("one row of the teacher's column zero", watch.gradient_gap)(_dropped(0.0, slice(3, 4)))
-fault("one row of the teacher's column lost", watch.gradient_gap)(_dropped(float("nan"), slice(3, 4)))
+fault("one row of the teacher's column lost", watch.gradient_gap)(
+    _dropped(float("nan"), slice(3, 4))
+)
 
 
 @fault("turn column off by one", watch.turn_profile_gap)

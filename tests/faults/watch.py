@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agentdistill import views
 from agentdistill.config import PromptConfig, TinyModel
 from agentdistill.engines.base import Sampling
 from agentdistill.engines.hf import HFEngine
@@ -33,13 +34,13 @@ from agentdistill.rollout import Request, rollout, run
 from agentdistill.students import tiny
 from agentdistill.table import Table, build
 from agentdistill.teachers.scorer import LocalScorer
-from agentdistill.views import Splice, View, splice
+from agentdistill.views import Splice, View
 from tests.dense import gap, gradient, keys, logits_at, mean_over
 from tests.templates import TEMPLATES, rendered, renderer, tokenizer
 from tests.toy import Corridor
 
-MICRO = 200
-"""Tokens of a micro-batch: two or three of the six streams here."""
+MICRO = 100
+"""Tokens of a micro-batch: about two of the six streams here."""
 
 
 @cache
@@ -60,9 +61,7 @@ def play(**prompt: Any) -> list[Trajectory]:
     policy = ModelPolicy("student", engine, mine, Sampling(max_tokens=5))
     tasks = list(Corridor().tasks("train"))[:3]
     pairs = [(n, k, task) for n, task in enumerate(tasks) for k in (0, 1)]
-    requests = [
-        Request(task, 7 * n + k, f"g{n}", k, horizon=1 + n + k) for n, k, task in pairs
-    ]
+    requests = [Request(task, 7 * n + k, f"g{n}", k, horizon=1 + n + k) for n, k, task in pairs]
     return run(rollout(policy, Corridor, requests, max_turns=4))
 
 
@@ -73,8 +72,7 @@ def recorded() -> tuple[Trajectory, ...]:
     The second of each group is called a success, so that rewards differ.
     """
     return tuple(
-        replace(t, success=bool(t.sample), end="success" if t.sample else "failure")
-        for t in play()
+        replace(t, success=bool(t.sample), end="success" if t.sample else "failure") for t in play()
     )
 
 
@@ -126,7 +124,9 @@ def trained_gap() -> float:
         got = build([materialise(told, mine)])["token"].tolist()
         wanted = [i for text in texts for i in mine.written(text).ids]
         said += len(wanted)
-        wrong += abs(len(got) - len(wanted)) + sum(a != b for a, b in zip(got, wanted, strict=False))
+        wrong += abs(len(got) - len(wanted)) + sum(
+            a != b for a, b in zip(got, wanted, strict=False)
+        )
     return wrong / said
 
 
@@ -192,7 +192,7 @@ HINT = (30, 31, 32, 33)
 
 
 def _hinted(trajectory: Trajectory, stream: int) -> View:
-    return splice(trajectory.streams[stream], [Splice(1, insert=HINT)])
+    return views.splice(trajectory.streams[stream], [Splice(1, insert=HINT)])
 
 
 # -- the gradient ---------------------------------------------------------------------------------
@@ -271,7 +271,10 @@ def turn_profile_gap() -> float:
             assert turn.span is not None
             stream = trajectory.streams[turn.span.stream]
             where = range(turn.span.start, turn.span.end)
-            at = (torch.arange(len(where)), torch.tensor(stream.ids[turn.span.start : turn.span.end]).long())
+            at = (
+                torch.arange(len(where)),
+                torch.tensor(stream.ids[turn.span.start : turn.span.end]).long(),
+            )
             with torch.no_grad():
                 own, other = (
                     logits_at(model(name), stream.ids, where).log_softmax(-1)[at]

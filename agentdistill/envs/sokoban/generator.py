@@ -93,6 +93,10 @@ class Rooms:
 
     def __post_init__(self) -> None:
         """Refuse what no level can satisfy."""
+        for key in ("height", "width", "boxes", "walls", "min_moves", "max_moves"):
+            value = getattr(self, key)
+            whole = isinstance(value, int) or (key == "max_moves" and value is None)
+            _require(whole, key, value, "must be a whole number")
         for key in ("height", "width"):
             _require(getattr(self, key) >= 3, key, getattr(self, key), "must be at least 3")
         _require(self.boxes >= 1, "boxes", self.boxes, "must be at least 1")

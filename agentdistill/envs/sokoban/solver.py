@@ -213,9 +213,9 @@ class Bounds:
         return group
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def bounds(board: Board) -> Bounds:
-    """The bounds of ``board``, made once (the last 256 are kept)."""
+    """The bounds of ``board``, made once (the last 32 are kept)."""
     return Bounds(board)
 
 
