@@ -1,7 +1,7 @@
 # Every target makes the environment it needs first; .venv is made once and then reused.
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -36,8 +36,7 @@ coverage: $(READY) ## run the fast tests and say which lines they miss
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) --cov
 
 bench: $(READY) ## run every script in benchmarks/
-	@set -e; for script in benchmarks/[!_]*.py; do \
-	  test -e "$$script" || { echo "no scripts in benchmarks/"; exit 1; }; \
+	@set -e; for script in $$(grep -l '^if __name__' benchmarks/*.py); do \
 	  echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 

@@ -211,10 +211,10 @@ def _one_by_one(the_run: Run, jobs: Sequence[Job], callback: Callback) -> None:
 
 
 class _Forward(Callback):
-    """Sends every event to the parent, and ends this process when the parent is gone."""
+    """Sends every event to the parent."""
 
-    def __init__(self, send: Callable[[tuple[str, tuple[Any, ...]]], None], parent: int) -> None:
-        self._send, self._parent = send, parent
+    def __init__(self, send: Callable[[tuple[str, tuple[Any, ...]]], None]) -> None:
+        self._send = send
 
     def on_stage_start(self, stage: StageConfig, folder: Path, iteration: int) -> None:
         self._send(("on_stage_start", (stage, folder, iteration)))
@@ -222,16 +222,14 @@ class _Forward(Callback):
     def on_iteration(
         self, stage: StageConfig, iteration: int, metrics: Mapping[str, Any], progress: float
     ) -> None:
-        if os.getppid() != self._parent:  # nobody is left to report to, or to hold the run's lock
-            os._exit(1)
         self._send(("on_iteration", (stage, iteration, dict(metrics), progress)))
 
     def on_stage_end(self, stage: StageConfig, summary: Mapping[str, Any]) -> None:
         self._send(("on_stage_end", (stage, dict(summary))))
 
 
-def _child(config: RunConfig, job: Job, parent: int) -> None:
-    _perform(Run(config), job, _Forward(_EVENTS.put, parent))
+def _child(config: RunConfig, job: Job) -> None:
+    _perform(Run(config), job, _Forward(_EVENTS.put))
 
 
 _EVENTS: Any = None
@@ -252,7 +250,7 @@ def _in_processes(the_run: Run, jobs: Sequence[Job], callback: Callback) -> None
     failures: list[BaseException] = []
     listener = threading.Thread(target=_listen, args=(_EVENTS, callback, failures), daemon=True)
     with ProcessPoolExecutor(
-        the_run.config.workers, mp_context=context, initializer=_leave_interrupts_to_the_parent
+        the_run.config.workers, mp_context=context, initializer=_belong_to_the_parent
     ) as pool:
         try:
             _schedule(the_run, jobs, pool, listener, failures)
@@ -266,8 +264,20 @@ def _in_processes(the_run: Run, jobs: Sequence[Job], callback: Callback) -> None
         raise failures[0]
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _belong_to_the_parent() -> None:
+    """Leave interrupts to the parent, and end when it does: a killed one cannot stop its workers.
+
+    They would hold the run's locks, or wait for work for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _schedule(
@@ -284,7 +294,7 @@ def _schedule(
         ready = [job for job in waiting if not job.needs & unfinished]
         for job in ready:
             waiting.remove(job)
-            running[pool.submit(_child, the_run.config, job, os.getpid())] = job
+            running[pool.submit(_child, the_run.config, job)] = job
         if not listener.ident:  # started after the fork: a thread does not survive one
             listener.start()
         done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)

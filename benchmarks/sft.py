@@ -108,8 +108,8 @@ def prepare(size: Size, folder: Path) -> dict[str, Any]:
     from agentdistill.run import Run
     from agentdistill.store import Store
 
-    wanted = size.batch * size.steps
-    overrides = (f"stages.{STAGE}.episodes={wanted}", f"stages.{STAGE}.batch={min(wanted, 256)}")
+    number = size.batch * size.steps
+    overrides = (f"stages.{STAGE}.episodes={number}", "evaluate.policies=[]")
     config = configure(seed=size.seed, output=str(folder), overrides=overrides)
     execute(config, only=[STAGE])
     the_run = Run(config)

@@ -7,6 +7,7 @@ estimators (on policy, by enumeration of everything that can be sampled).
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -18,13 +19,14 @@ from torch import Tensor
 from agentdistill import divergence
 from agentdistill.curriculum import Full
 from agentdistill.methods import compile as plan
-from agentdistill.methods.index import get
+from agentdistill.methods.index import METHODS, get
 from agentdistill.methods.space import Axes
 from agentdistill.objective import Divergence, Term, TokenLoss
 from agentdistill.optimise import backward
 from agentdistill.records import Actor, Kind, StreamBuilder, Task, Trajectory, Turn
 from agentdistill.table import Table, build
 from agentdistill.teachers.scorer import LocalScorer
+from agentdistill.views import PLAIN, plain, within
 from tests.dense import gap, gradient, logits_at, make_model, table_logits
 from tests.faults.watch import model, recorded, tokenizer, update
 
@@ -216,6 +218,18 @@ def test_sft_is_forward_kl_to_a_teacher_that_is_certain() -> None:
     assert gap(found[0], found[1]) < SAME
     values = [table["loss/kl"], table["loss/nll"]]
     assert torch.allclose(values[0], values[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_tables_without_rows_are_no_accident(name: str) -> None:
+    axes, played = get(name).resolve({}), list(recorded()[:2])
+    for trajectories, limit in (([], 99), (played, 1)):
+        table = build(trajectories)
+        table.add_view(PLAIN, within(plain, limit))
+        batch, nothing = update(axes, table)
+        assert (batch.rows, float(nothing.norm())) == (0, 0.0)
+        metrics = {**plan.fill(table, axes), **batch.as_metrics()}
+        assert all(math.isfinite(value) for value in metrics.values())
 
 
 @pytest.mark.parametrize("name", ["opd", "opd-exact", "kd"])

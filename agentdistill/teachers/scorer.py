@@ -46,7 +46,7 @@ class LocalScorer:
         """Add the columns ``what/name@view`` for every ``what`` in ``want``; return scored ids.
 
         Args:
-            table: to be scored; rows outside ``rows`` or without the view get NaN (0 for hidden).
+            table: to be scored; rows outside ``rows`` or without the view get NaN.
             want: of ``logp``, ``entropy`` (nats, temperature 1) and ``hidden`` [N, H].
             view: what the scorer reads.
             rows: bool [N]; None scores every row.
@@ -80,8 +80,8 @@ class LocalScorer:
         return values
 
     def _empty(self, what: str, size: int) -> Tensor:
-        """Zeros on the device for hidden states (they stay there), NaN on the CPU for numbers."""
+        """NaN: on the model's device for hidden states (they stay there), else on the CPU."""
         if what != "hidden":
             return torch.full((size,), float("nan"))
         none = hidden_states(self.model, [], [])
-        return none.new_zeros(size, none.shape[1])
+        return none.new_full((size, none.shape[1]), float("nan"))

@@ -8,8 +8,8 @@ Invariants
 * ``min_moves`` and ``max_moves`` bound the length of an *optimal* solution, always.
 * In rooms with a table (solver.py) the length is drawn uniformly: over ``min_moves … max_moves``
   when both ends are given, otherwise over the lengths that the drawn room offers; then a state
-  uniformly among those of that length. Larger rooms take the hardest state that a short random
-  search backwards meets, and in them the drawn length is an upper limit.
+  uniformly among those of that length. Larger rooms take the state with most pushes
+  that a short random search backwards meets, where the drawn length only limits that search.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ _BRUSHES = (
 _EXPANSIONS = 300
 _CONTENDERS = 4
 _DETOUR = 1.5
+"""How much longer than wanted the way found backwards may be: it is not the shortest one."""
+
 _PROOF_NODES = 2_000
 _PROOF_NODES_FILES = 20_000
 
@@ -238,7 +240,7 @@ def draw_level(rooms: Rooms, wanted: int | None, rng: Random) -> Level | None:
 
     Args:
         rooms: what to make.
-        wanted: optimal length (the upper limit in large rooms); None for any from ``min_moves`` on.
+        wanted: optimal length (in large rooms a hint only); None for any from ``min_moves`` on.
         rng: the only source of chance.
     """
     walls = _WALLS[rooms.layout](rooms, rng)
