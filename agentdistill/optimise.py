@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from agentdistill.divergence import entropy
 from agentdistill.engines.forward import hidden_states, logits, vocabulary
 from agentdistill.errors import EngineError
 from agentdistill.objective import Term, TokenLoss
-from agentdistill.table import Table
+from agentdistill.table import Table, gather
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,26 +145,6 @@ def _micro(
     hidden.backward(leaf.grad)  # type: ignore[no-untyped-call]
     result.tokens += sum(int(where[-1]) for where in positions)
     result.rows += len(rows)
-
-
-def gather(
-    table: Table, view: str, streams: Sequence[int], needed: Tensor
-) -> tuple[list[Any], list[Any], Tensor]:
-    """Ids, positions and row numbers of the needed rows of ``streams`` in ``view``."""
-    ids: list[Any] = []
-    positions: list[Any] = []
-    rows: list[Tensor] = []
-    for number in streams:
-        found = table.views[view][number]
-        span = table.rows(number)
-        keep = needed[span].nonzero().squeeze(1)
-        if found is None or not len(keep):
-            continue
-        where = found.positions[keep.numpy()]
-        ids.append(found.ids)
-        positions.append(where)
-        rows.append(keep + span.start)
-    return ids, positions, torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
 
 
 def _chunk(

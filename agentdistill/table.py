@@ -224,3 +224,23 @@ def build(
 
 
 _INDEX = ("trajectory", "group", "stream", "turn", "position", "token", "author", "kind")
+
+
+def gather(
+    table: Table, view: str, streams: Sequence[int], needed: Tensor
+) -> tuple[list[Any], list[Any], Tensor]:
+    """Ids, positions and row numbers of the needed rows of ``streams`` in ``view``."""
+    ids: list[Any] = []
+    positions: list[Any] = []
+    rows: list[Tensor] = []
+    for number in streams:
+        found = table.views[view][number]
+        span = table.rows(number)
+        keep = needed[span].nonzero().squeeze(1)
+        if found is None or not len(keep):
+            continue
+        where = found.positions[keep.numpy()]
+        ids.append(found.ids)
+        positions.append(where)
+        rows.append(keep + span.start)
+    return ids, positions, torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)

@@ -163,6 +163,16 @@ def test_groups_without_variance_keep_the_teachers_signal() -> None:
     assert batch.rows == len(build(equal))
 
 
+def test_groups_that_teach_nothing_are_counted_as_groups() -> None:
+    axes = get("grpo").resolve({})
+    rewards = {0: (0, 1), 1: (1, 1), 2: (0, 0)}
+    table = build(
+        [replace(t, success=bool(rewards[int(t.group[1])][t.sample])) for t in recorded()]
+    )
+    LocalScorer(plan.OLD, model("student")).score(table)
+    assert plan.fill(table, axes)["zero_advantage_groups"] == pytest.approx(2 / 3)
+
+
 def test_episodes_that_a_window_ended_keep_the_signal_and_get_no_reward() -> None:
     censored = [replace(t, end="horizon") for t in recorded()]
     axes = get("opd").resolve({"reward": {"kind": "grpo"}})

@@ -102,7 +102,9 @@ def fill(table: Table, axes: Axes) -> dict[str, float]:
         metrics["kd_advantage"] = float(total[chosen].mean()) if bool(chosen.any()) else 0.0
     if axes.reward.kind == "grpo":
         gains = reward_advantages(table, axes)
-        metrics["zero_advantage_groups"] = float((gains == 0).float().mean())
+        groups = {t.group for t in table.trajectories}
+        taught = {t.group for t, gain in zip(table.trajectories, gains, strict=True) if gain}
+        metrics["zero_advantage_groups"] = 1 - len(taught) / max(len(groups), 1)
         total = total + axes.reward.coef * table.spread(gains)
     if axes.policy_gradient.tis_cap:
         cap = axes.policy_gradient.tis_cap

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from agentdistill.engines.forward import evaluating, hidden_states, log_probs_at, logits
-from agentdistill.optimise import gather
-from agentdistill.table import Table, column
+from agentdistill.table import Table, column, gather
 from agentdistill.views import PLAIN
 
 if TYPE_CHECKING:
