@@ -5,6 +5,8 @@ Invariants
 * Token in, token out: a prompt is joined from *context pieces* (text, tokenised once) and from the
   ids that were sampled. Sampled ids are never decoded and encoded again.
 * Earlier reasoning is dropped by deleting its tokens, never by editing text.
+* Special tokens come from the template, the instruction and the sampler alone. What an environment
+  or an answer *says* is text, also where it spells the name of one: nobody ends a turn by printing.
 * A response that ended by length gets the end-of-turn id inserted, as context.
 * The template's frames (what stands before, between and after messages) are read off the
   tokenizer's own chat template by probing it with sentinels, once.
@@ -15,7 +17,7 @@ No torch here; the tokenizer is any ``transformers`` tokenizer with a chat templ
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
@@ -33,8 +35,14 @@ class Tokenizer(Protocol):
     eos_token: str
     eos_token_id: int
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Ids of ``text``."""
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """Tokens that are cut out of a text before it is split: id → its name and ``special``."""
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool, split_special_tokens: bool = False
+    ) -> list[int]:
+        """Ids of ``text``; names of special tokens are text if ``split_special_tokens``."""
 
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
@@ -129,6 +137,11 @@ _NO_END = (
 )
 
 
+def _valid(text: str) -> str:
+    """``text`` with ``?`` for lone surrogates, which no tokenizer takes."""
+    return text.encode(errors="replace").decode()
+
+
 def _cut(text: str, marker: str) -> tuple[str, str]:
     before, found, after = text.partition(marker)
     if not found:
@@ -169,11 +182,37 @@ class Renderer:
         self.grammar = actions.grammar(prompt.grammar)
         self.instruction = instruction if prompt.instruction == "env" else prompt.instruction
         self.end = int(tokenizer.eos_token_id)
+        added = tokenizer.added_tokens_decoder
+        self._special = {self.end, *(i for i, token in added.items() if token.special)}
         self.encode = lru_cache(maxsize=1 << 16)(self._encode)
+        self._framed = lru_cache(maxsize=1 << 16)(self._frame)
         self._opening = self.frames.opening(self.instruction)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        """Ids of a text of ours, in which special tokens count."""
+        return tuple(self.tokenizer.encode(_valid(text), add_special_tokens=False))
+
+    def plain(self, text: str) -> tuple[int, ...]:
+        """Ids of a text of somebody else's, in which names of special tokens are only text."""
+        ids = self.encode(text)
+        if self._special.isdisjoint(ids):
+            return ids
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        return tuple(self.tokenizer.encode(_valid(text), **options))
+
+    def _frame(self, lead: str, text: str) -> tuple[int, ...]:
+        """Ids of ``lead``, ``text`` and the reply frame, in one go as the template's would be.
+
+        Unless ``text`` brings special tokens of its own: then it is encoded apart, without them.
+        """
+        ids = self._encode(lead + text + self.frames.reply)
+        before, after = self.encode(lead), self.encode(self.frames.reply)
+        if self._marks(ids) == self._marks(before) + self._marks(after):
+            return ids
+        return before + self.plain(text) + after
+
+    def _marks(self, ids: Sequence[int]) -> list[int]:
+        return [i for i in ids if i in self._special]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -191,12 +230,11 @@ class Renderer:
     def context(self, observation: str, *, first: bool) -> tuple[int, ...]:
         """Ids between the previous response (or nothing) and the response to ``observation``."""
         shown = self.prompt.observation.replace("{observation}", observation)
-        lead = self._opening if first else self.frames.between
-        return self.encode(lead + shown + self.frames.reply)
+        return self._framed(self._opening if first else self.frames.between, shown)
 
     def written(self, text: str, author: Author = Author.ACTOR, *, ended: bool = True) -> Reply:
         """A response that exists only as text, as tokens, with its end of turn if it ``ended``."""
-        ids = (*self.encode(text), self.end) if ended else self.encode(text)
+        ids = (*self.plain(text), self.end) if ended else self.plain(text)
         return Reply(ids, self.kinds(ids, self.grammar(text)), author)
 
     def kinds(self, ids: Sequence[int], parsed: Parsed) -> tuple[int, ...]:

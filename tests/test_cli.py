@@ -245,7 +245,7 @@ def test_export(micro: Micro, tmp_path: Path) -> None:
     assert parquet.read_table(file).num_rows == 24
 
 
-def test_quickstart_labels_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart_labels_its_rows(tmp_path: Path) -> None:
     small = {
         "workers": 1,
         "env.options": ENV["options"],
@@ -260,9 +260,9 @@ def test_quickstart_labels_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "stages.offpolicy.tasks": 2,
     }
     changes = [f"--set={key}={json.dumps(value)}" for key, value in small.items()]
-    args = ("--method", "opd", "--seed", "5", "--output", str(tmp_path), *changes)
+    args = ("--method", "opd", "--seed", "5", "--name", "qs", "--output", str(tmp_path), *changes)
     found = answer("quickstart", *args)
-    assert found["path"] == str(tmp_path / "quickstart-opd")
+    assert found["path"] == str(tmp_path / "qs")
     names = {row["policy"]: row["label"] for row in found["rows"]}
     assert names == {
         "expert": "solver",
@@ -271,7 +271,7 @@ def test_quickstart_labels_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "offpolicy": "student, off-policy",
         "distilled": "student, distilled (opd)",
     }
-    assert "student, distilled (opd)" in (tmp_path / "quickstart-opd/results.md").read_text()
+    assert "student, distilled (opd)" in (tmp_path / "qs/results.md").read_text()
 
 
 def test_results_are_written_anew_when_they_differ(micro: Micro) -> None:

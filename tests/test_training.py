@@ -47,8 +47,8 @@ def recipe(output: Path, **changes: Any) -> dict[str, Any]:
         {"name": "back", "teacher": "taught", "guide": "shown", "method": "tcod-b2f-exact",
          "axes": {"start": {"eta": 1}}, "iterations": 4, "tasks": 2, "updates": 2,
          "checkpoint_every": 2, "schedule": "cosine", "warmup": 0.3},
-        {"name": "rewarded", "model": "teacher", "init": "taught", "method": "grpo", "iterations": 4,
-         "tasks": 2, "samples": 4, "lr": 1e-2, "checkpoint_every": 1},
+        {"name": "rewarded", "model": "teacher", "init": "taught", "method": "grpo",
+         "iterations": 4, "tasks": 2, "samples": 4, "lr": 1e-2, "checkpoint_every": 1},
     ]  # fmt: skip
     values = {
         "models": {"teacher": TINY, "student": TINY},

@@ -1,18 +1,27 @@
 """Any transformers causal LM by folder or hub id: full training or LoRA, dtype and device chosen.
 
-Models are saved and loaded as ordinary transformers folders (model and tokenizer together; an
-adapter as an ordinary peft folder), so that nothing here is needed to use a result.
+Invariants
+----------
+* Models are saved and loaded as ordinary transformers folders (model and tokenizer together; an
+  adapter as an ordinary peft folder), so that nothing here is needed to use a result.
+* Weights that are trained are float32: bfloat16 keeps 8 bits, and AdamW's step of ``lr`` is less
+  than half of the last one for most weights. Adapters always are, whatever their base is stored in.
+* Weights are set completely or not at all: a folder of another model is refused, and changes
+  nothing.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from agentdistill.config import LocalModel, LoraConfig
 from agentdistill.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -25,45 +34,83 @@ def device_of(name: str) -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
-def load(config: LocalModel) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    config: LocalModel, *, trained: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of ``config``, with adapters where it asks for them.
 
+    A folder that is an adapter comes with its base, and is what training goes on with.
+
+    Args:
+        config: what to load.
+        trained: whether a stage trains it, and not only asks it.
+
     Raises:
-        ConfigError: the folder or hub id cannot be loaded.
+        ConfigError: the folder or hub id cannot be loaded, or not as the configuration says.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = device_of(config.device)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": config.revision}
-    if config.attention:
-        options["attn_implementation"] = config.attention
-    path = Path(config.path)
-    adapter = (path / "adapter_config.json").exists()
+    where = _place(config.path)
+    adapter = (Path(where) / "adapter_config.json").exists()
+    if adapter and config.lora is not None:
+        remedy = "is an adapter already, with a rank and targets of its own: remove lora"
+        raise ConfigError(remedy, key="path", value=config.path)
+    options = _options(config, whole=trained and config.lora is None and not adapter)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=config.revision)
         if adapter:
             from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(
-                config.path, is_trainable=True, **options
-            )
+            model = AutoPeftModelForCausalLM.from_pretrained(where, is_trainable=True, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(config.path, **options)
-    except (OSError, ValueError) as error:
-        line = str(error).splitlines()[0]
-        remedy = f"cannot be loaded; give a transformers folder or a reachable hub id ({line})"
-        raise ConfigError(remedy, key="path", value=config.path) from error
-    if config.lora is not None and not adapter:
+            model = AutoModelForCausalLM.from_pretrained(where, **options)
+    except Exception as error:  # a broken folder raises whatever its reader does
+        remedy = "cannot be loaded; give a transformers folder or a reachable hub id"
+        raise ConfigError(f"{remedy} ({_line(error)})", key="path", value=config.path) from error
+    if config.lora is not None:
         model = add_lora(model, config.lora)
-    return model.to(device), tokenizer
+    try:
+        return model.to(device_of(config.device)), tokenizer
+    except (RuntimeError, AssertionError) as error:  # torch has no own error for either
+        remedy = f"cannot be used; give auto, cpu, or a device that is here ({_line(error)})"
+        raise ConfigError(remedy, key="device", value=config.device) from error
+
+
+def _place(path: str) -> str:
+    """An absolute folder, so that an adapter finds its base from anywhere, or a hub id as it is."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return os.path.abspath(folder)
+    if path.startswith((".", "~", "/")) or path.count("/") > 1:
+        remedy = "no such folder; give one with a model and its tokenizer, or a hub id (owner/name)"
+        raise ConfigError(remedy, key="path", value=path)
+    return path
+
+
+def _options(config: LocalModel, *, whole: bool) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``; ``whole`` if all weights will be trained."""
+    import torch
+
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if whole or device_of(config.device) == "cpu" else "bfloat16"
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": config.revision}
+    if config.attention:
+        options["attn_implementation"] = config.attention
+    return options
+
+
+def _line(error: Exception) -> str:
+    """What ``error`` says, in one short line."""
+    return shorten(str(error) or type(error).__name__, 200, placeholder=" …")
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
-    """``model`` with frozen weights and fresh adapters."""
+    """``model`` with frozen weights and fresh float32 adapters.
+
+    Raises:
+        ConfigError: the model has none of the modules that the adapters are for.
+    """
     import peft
 
     adapters = peft.LoraConfig(
@@ -73,38 +120,75 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
         target_modules=config.targets,
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, adapters)  # type: ignore[return-value]
+    try:
+        return peft.get_peft_model(model, adapters)  # type: ignore[return-value]
+    except ValueError as error:
+        remedy = f"does not fit {type(model).__name__}; give all-linear, or names of its modules"
+        raise ConfigError(
+            f"{remedy} ({_line(error)})", key="lora.targets", value=config.targets
+        ) from error
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write model and tokenizer as an ordinary transformers folder."""
-    model.save_pretrained(folder)
+    """Write model (or its adapters alone) and tokenizer as an ordinary folder."""
+    # Or peft would ask the hub, at each checkpoint, whether the vocabulary has grown. It never has.
+    options = {"save_embedding_layers": False} if _adapted(model) else {}
+    model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Set the weights of ``model`` to those saved in ``folder`` (same architecture).
+    """Set the weights of ``model`` (or its adapters) to those that :func:`save` wrote to ``folder``.
 
     Raises:
-        EngineError: the folder holds another architecture.
+        EngineError: the folder is damaged, or holds the weights of another model.
     """
+    adapted = _adapted(model)
+    try:
+        saved = _adapters(folder) if adapted else _weights(folder)
+    except Exception as error:  # a broken folder raises whatever its reader does
+        raise EngineError(f"the weights in {folder} cannot be read ({_line(error)})") from error
+    if adapted:
+        import peft
+
+        mine = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    else:
+        mine = model.state_dict()
+    for key in [*mine, *saved]:
+        shapes = [tuple(held[key].shape) if key in held else None for held in (mine, saved)]
+        if shapes[0] != shapes[1]:
+            one, other = (shape or "nothing" for shape in shapes)
+            raise EngineError(
+                f"{folder} holds the weights of another model: {key} is {other} there and {one} "
+                "here; use the folder of a model with the same configuration"
+            )
+    if adapted:
+        peft.set_peft_model_state_dict(model, saved)
+    else:
+        model.load_state_dict(saved)
+
+
+def _adapted(model: PreTrainedModel) -> bool:
+    """Whether peft wraps ``model``; its import is too slow to ask it."""
+    return hasattr(model, "peft_config")
+
+
+def _adapters(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    file = folder / "adapter_model.safetensors"
-    result: Any
-    if file.exists():
-        from peft import set_peft_model_state_dict
+    return load_file(folder / "adapter_model.safetensors")
 
-        result = set_peft_model_state_dict(model, load_file(file))
-        unexpected = list(result.unexpected_keys)
-        missing: list[str] = []
-    else:
-        state: dict[str, Any] = {}
-        for part in sorted(folder.glob("model*.safetensors")):
-            state.update(load_file(part))
-        result = model.load_state_dict(state, strict=False)
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        missing = [key for key in result.missing_keys if key not in tied]
-        unexpected = list(result.unexpected_keys)
-    if unexpected or missing:
-        raise EngineError(f"{folder} holds other weights: {(unexpected + missing)[:3]}")
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """By transformers' own reader: shards, tied weights, and names that differ on the disk."""
+    from transformers import AutoModelForCausalLM
+
+    if (folder / "adapter_config.json").exists():
+        raise ValueError("an adapter without its base")
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"missing: {', '.join(sorted(report['missing_keys']))}")
+    found: dict[str, Tensor] = loaded.state_dict()
+    return found
