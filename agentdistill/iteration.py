@@ -24,6 +24,7 @@ from agentdistill.callbacks import Callback
 from agentdistill.checkpoint import Checkpoints, load_state, save_state
 from agentdistill.config import TrainStage
 from agentdistill.crash import crash_point
+from agentdistill.engines.forward import device_of
 from agentdistill.errors import ConfigError, EnvError
 from agentdistill.evaluate import play
 from agentdistill.files import sync, write_text
@@ -31,7 +32,7 @@ from agentdistill.methods import compile as plan
 from agentdistill.methods.constraints import check
 from agentdistill.methods.index import get
 from agentdistill.metrics import of_table, of_trajectories
-from agentdistill.optimise import Optimiser, backward
+from agentdistill.optimise import Head, Optimiser, backward
 from agentdistill.policy import derive_seed
 from agentdistill.records import Start, Task, Trajectory
 from agentdistill.render import materialise
@@ -315,9 +316,7 @@ class Training:
 
     def _update(self, table: Table, n: int) -> dict[str, float]:
         """``updates`` optimiser steps, each over its share of the trajectories."""
-        heads = {}
-        if self.teacher is not None:
-            heads[plan.TEACHER] = LocalScorer(plan.TEACHER, self.teacher.model).head
+        heads = {} if self.teacher is None else {plan.TEACHER: _head(self.teacher)}
         numbers = list(range(len(table.trajectories)))
         random.Random(derive_seed(self.seed, "update", n)).shuffle(numbers)
         metrics: dict[str, float] = {}
@@ -363,6 +362,12 @@ class Training:
 def context_length(student: Loaded) -> int:
     """Tokens that fit into the student's context."""
     return int(getattr(student.model.config, "max_position_embeddings", None) or 1 << 30)
+
+
+def _head(teacher: Loaded) -> Head:
+    """The teacher's head, for hidden states on the student's device: that may be another one."""
+    scorer, place = LocalScorer(plan.TEACHER, teacher.model), device_of(teacher.model)
+    return lambda hidden: scorer.head(hidden.to(place)).to(hidden.device)
 
 
 @lru_cache(maxsize=4)

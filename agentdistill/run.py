@@ -14,7 +14,6 @@ Names mean the same everywhere: ``expert``, ``random``, a key of ``models``, or 
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -27,11 +26,20 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from agentdistill.config import LocalModel, RunConfig, SamplingConfig, TinyModel, TrainStage
+import agentdistill
+from agentdistill.config import (
+    LocalModel,
+    RunConfig,
+    SamplingConfig,
+    TinyModel,
+    TrainStage,
+    load,
+)
 from agentdistill.engines.base import Sampling
 from agentdistill.envs.base import TextEnv
-from agentdistill.errors import ConfigError, MissingExtraError, StoreError
-from agentdistill.files import write_text
+from agentdistill.envs.make import make
+from agentdistill.errors import ConfigError, MissingExtraError
+from agentdistill.files import refusing, write_text
 from agentdistill.policy import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, derive_seed
 from agentdistill.records import Trajectory
 from agentdistill.render import Renderer
@@ -41,40 +49,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from agentdistill.engines.hf import HFEngine
-
-
-def make_env(env_id: str, options: dict[str, Any]) -> TextEnv:
-    """The environment ``env_id`` (a registered id, or ``module:Class``), unwrapped.
-
-    Raises:
-        ConfigError: unknown id, class or option.
-    """
-    import gymnasium as gym
-
-    import agentdistill.envs  # noqa: F401  (registers our ids)
-
-    try:
-        if ":" in env_id and "/" not in env_id:
-            module, _, name = env_id.partition(":")
-            env = getattr(importlib.import_module(module), name)(**options)
-        else:
-            spec = gym.spec(env_id)  # without make's wrappers: they cost more than our steps
-            creator = spec.entry_point
-            assert creator is not None
-            create = (
-                gym.envs.registration.load_env_creator(creator)
-                if isinstance(creator, str)
-                else creator
-            )
-            env = create(**{**spec.kwargs, **options})
-    except ConfigError:
-        raise
-    except (gym.error.Error, ImportError, AttributeError, TypeError) as error:
-        line = str(error).splitlines()[0]
-        raise ConfigError(line, key="env", value={"id": env_id, **options}) from error
-    if not isinstance(env, TextEnv):
-        raise ConfigError("is not a TextEnv", key="env.id", value=env_id)
-    return env
 
 
 def need_torch(feature: str) -> None:
@@ -126,30 +100,28 @@ class Run:
             StoreError: the disk refuses.
         """
         known = self.path / "config.yaml"
-        if known.exists():
-            from agentdistill.config import load
-
-            if load(known).fingerprint != self.config.fingerprint:
-                raise ConfigError(
-                    f"{self.path} holds a run with another configuration; give another name, or "
-                    "remove the folder",
-                    key="name",
-                    value=self.config.name,
-                )
-            return
-        try:
+        with refusing(self.path):
+            if known.exists():
+                self._check_same(known)
+                return
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            remedy = "choose another output folder"
-            raise StoreError(f"cannot make {self.path} ({error.strerror}); {remedy}") from error
         write_text(self.path / "machine.json", json.dumps(machine(), indent=1))
         write_text(known, yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+
+    def _check_same(self, known: Path) -> None:
+        if load(known).fingerprint != self.config.fingerprint:
+            raise ConfigError(
+                f"{self.path} holds a run with another configuration; give another name, or "
+                "remove the folder",
+                key="name",
+                value=self.config.name,
+            )
 
     # -- environment ------------------------------------------------------------------------------
 
     def make_env(self) -> TextEnv:
         """A fresh environment."""
-        return make_env(self.config.env.id, dict(self.config.env.options))
+        return make(self.config.env.id, self.config.env.options)
 
     @cached_property
     def env(self) -> TextEnv:
@@ -215,8 +187,9 @@ class Run:
         config = self.config.models[key]
         seed = derive_seed(self.config.seed, "model", key) % 2**31
         if isinstance(config, LocalModel):
+            stages = [s for s in self.config.stages if isinstance(s, TrainStage)]
             with seeded(seed):  # fresh adapters are drawn from the global generator
-                return local.load(config)
+                return local.load(config, trained=any(stage.model == key for stage in stages))
         tokenizer = self.tokenizer(config)
         return tiny.build(config, tokenizer, seed), tokenizer
 
@@ -263,27 +236,32 @@ class Run:
 def machine() -> dict[str, Any]:
     """Versions of what numbers depend on, the commit of this checkout, and the machine."""
     import platform
-    import subprocess
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {}
-    for name in ("agentdistill", "torch", "transformers", "tokenizers", "numpy", "gymnasium"):
+    versions = {"agentdistill": agentdistill.__version__}
+    for name in ("torch", "transformers", "tokenizers", "numpy", "gymnasium"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "absent"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         "versions": versions,
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
     }
+
+
+def _commit() -> str:
+    """The commit of the checkout this code runs from; "" for an installed package."""
+    import subprocess
+
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return ""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(
+        command, cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()

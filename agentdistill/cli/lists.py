@@ -54,10 +54,10 @@ def list_envs(ctx: typer.Context, as_json: Json = False) -> None:
 
 def _card(name: str) -> dict[str, Any]:
     """The facts about an environment, as far as they can be had without what it needs."""
-    from agentdistill.run import make_env
+    from agentdistill.envs.make import make
 
     try:
-        return {**make_env(name, {}).card.to_json(), "installed": True}
+        return {**make(name).card.to_json(), "installed": True}
     except AgentDistillError as error:
         return {"id": name, "installed": False, "problem": str(error)}
 

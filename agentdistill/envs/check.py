@@ -6,17 +6,14 @@ only a target that cannot be made at all is a ConfigError. What is checked is in
 
 from __future__ import annotations
 
-import importlib
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import gymnasium
-
 from agentdistill.envs.base import TextEnv
 from agentdistill.envs.checks import CHECKS, FailedError, Probe, SkippedError, trace
-from agentdistill.errors import AgentDistillError, ConfigError
+from agentdistill.envs.make import make
+from agentdistill.errors import ConfigError
 from agentdistill.records import digest
 
 
@@ -56,37 +53,6 @@ class Report:
         """A line per check."""
         lines = [f"{c.status:8}{c.name:12}{c.message}" for c in self.checks]
         return "\n".join([f"{self.target}: {'ok' if self.ok else 'FAILED'}", *lines])
-
-
-def make(target: str | TextEnv, kwargs: Mapping[str, Any] | None = None) -> TextEnv:
-    """The bare environment behind ``target``.
-
-    Args:
-        target: a gymnasium id (``agentdistill/Sokoban-v0``, ``module:namespace/Name-v0``),
-            ``module:Class``, or an instance.
-        kwargs: arguments for its constructor.
-    """
-    if not isinstance(target, str):
-        return _text_env(target, str(target))
-    module, _, name = target.partition(":")
-    try:
-        if re.fullmatch(r"[A-Za-z_][\w.]*", name):
-            return _text_env(
-                getattr(importlib.import_module(module), name)(**(kwargs or {})), target
-            )
-        return _text_env(gymnasium.make(target, **(kwargs or {})), target)
-    except AgentDistillError:
-        raise
-    except (ImportError, AttributeError, TypeError, gymnasium.error.Error) as error:
-        raise ConfigError(f"cannot be made: {error}", key="env", value=target) from error
-
-
-def _text_env(env: Any, name: str) -> TextEnv:
-    bare = env.unwrapped if isinstance(env, gymnasium.Env) else env
-    if not isinstance(bare, TextEnv):
-        remedy = f"is a {type(bare).__name__}; derive it from agentdistill.envs.base.TextEnv"
-        raise ConfigError(remedy, key="env", value=name)
-    return bare
 
 
 def trace_digest(target: str, kwargs: Mapping[str, Any], episodes: int, seed: int) -> str:

@@ -4,8 +4,8 @@ Invariants
 ----------
 * Models are saved and loaded as ordinary transformers folders (model and tokenizer together; an
   adapter as an ordinary peft folder), so that nothing here is needed to use a result.
-* Weights that are trained are float32: bfloat16 keeps 8 bits, and AdamW's step of ``lr`` is less
-  than half of the last one for most weights. Adapters always are, whatever their base is stored in.
+* Weights that are trained are float32 (adapters too, whatever their base is stored in): AdamW moves
+  a weight by about ``lr``, and in bfloat16 one of 0.02 stays where it is if that is below 6e-5.
 * Weights are set completely or not at all: a folder of another model is refused, and changes
   nothing.
 """
@@ -94,6 +94,9 @@ def _options(config: LocalModel, *, whole: bool) -> dict[str, Any]:
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if whole or device_of(config.device) == "cpu" else "bfloat16"
+    if whole and dtype != "float32":
+        remedy = "would round most updates of trained weights away; use float32, or lora"
+        raise ConfigError(remedy, key="dtype", value=dtype)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": config.revision}
     if config.attention:
         options["attn_implementation"] = config.attention
@@ -132,20 +135,24 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model (or its adapters alone) and tokenizer as an ordinary folder."""
     # Or peft would ask the hub, at each checkpoint, whether the vocabulary has grown. It never has.
-    options = {"save_embedding_layers": False} if _adapted(model) else {}
+    options: dict[str, Any] = {"save_embedding_layers": False} if _adapted(model) else {}
     model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Set the weights of ``model`` (or its adapters) to those that :func:`save` wrote to ``folder``.
+    """Set the weights of ``model``, or its adapters, to those that :func:`save` wrote.
 
     Raises:
         EngineError: the folder is damaged, or holds the weights of another model.
     """
     adapted = _adapted(model)
+    file = folder / ("adapter_model.safetensors" if adapted else "config.json")
+    if not file.exists():
+        kind = "adapter" if adapted else "whole model"
+        raise EngineError(f"{folder} holds no {kind}: there is no {file.name}")
     try:
-        saved = _adapters(folder) if adapted else _weights(folder)
+        saved = _adapters(file) if adapted else _weights(folder)
     except Exception as error:  # a broken folder raises whatever its reader does
         raise EngineError(f"the weights in {folder} cannot be read ({_line(error)})") from error
     if adapted:
@@ -173,21 +180,18 @@ def _adapted(model: PreTrainedModel) -> bool:
     return hasattr(model, "peft_config")
 
 
-def _adapters(folder: Path) -> dict[str, Tensor]:
+def _adapters(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(folder / "adapter_model.safetensors")
+    return load_file(file)
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
     """By transformers' own reader: shards, tied weights, and names that differ on the disk."""
     from transformers import AutoModelForCausalLM
 
-    if (folder / "adapter_config.json").exists():
-        raise ValueError("an adapter without its base")
-    loaded, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True
-    )
+    read: Any = AutoModelForCausalLM.from_pretrained  # its type does not know the second result
+    loaded, report = read(folder, dtype="auto", output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"missing: {', '.join(sorted(report['missing_keys']))}")
     found: dict[str, Tensor] = loaded.state_dict()

@@ -8,6 +8,7 @@ frequent line of an observation (a grid row) becomes one token: per-cell tokens 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -58,6 +59,10 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrained
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    special = [PAD, END, SYSTEM, USER, ASSISTANT]
+    # A text that spells a special token must not teach a merge of letters that ends in its id.
+    spelled = re.compile("|".join(map(re.escape, special)))
+    valid = (text.encode(errors="replace").decode() for text in texts)  # no lone surrogates
     tokenizer = Tokenizer(models.BPE())
     lines = pre_tokenizers.Split(Regex(r"[^\n]*\n|[^\n]+"), "isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -66,11 +71,11 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrained
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocabulary,
         min_frequency=2,
-        special_tokens=[PAD, END, SYSTEM, USER, ASSISTANT],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((p for text in valid for p in spelled.split(text)), trainer)
     fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=END,

@@ -189,12 +189,12 @@ def test_a_difference_between_processes_is_found() -> None:
     ["nowhere:Env", "agentdistill.envs.base:Missing", "NoSuch-v0", "collections:Counter"],
 )
 def test_what_cannot_be_made_is_a_config_error(target: str) -> None:
-    with pytest.raises(ConfigError, match="env="):
+    with pytest.raises(ConfigError, match=r"^env(\.id)?="):
         check_env(target)
 
 
 def test_a_wrong_argument_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="cannot be made"):
+    with pytest.raises(ConfigError, match="env.options=.*options of"):
         check_env("agentdistill.envs.sokoban:SokobanEnv", kwargs={"colour": "red"})
     with pytest.raises(ConfigError, match="boxes=0"):
         check_env("agentdistill/Sokoban-v0", kwargs={"boxes": 0})
