@@ -8,11 +8,12 @@ methods know). No torch here.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -56,8 +57,8 @@ class PromptConfig(Section):
     """How a response is read."""
     instruction: str = "env"
     """System text; ``env`` takes the environment's own, "" none."""
-    observation: str = "{observation}"
-    """Text of one user message."""
+    observation: str = Field("{observation}", pattern=r"\{observation\}")
+    """Text of one user message, with ``{observation}`` where the environment's goes."""
     window: int | None = Field(None, ge=0)
     """Earlier turns that stay in the prompt; None keeps all."""
     drop_reasoning: bool = False
@@ -118,7 +119,8 @@ class TinyModel(Section):
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyModel:
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            raise ValueError("hidden / heads must be an even whole number")
+            sizes = f"hidden={self.hidden}, heads={self.heads}"
+            raise ValueError(f"{sizes}: hidden / heads must be an even whole number")
         return self
 
 
@@ -154,6 +156,8 @@ ModelConfig = Annotated[
 
 
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class CollectStage(Section):
@@ -210,7 +214,7 @@ class TrainStage(Section):
     warmup: float = Field(0.0, ge=0, lt=1)
     """Share of the run over which the learning rate rises."""
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     clip_norm: float = Field(1.0, gt=0)
     micro_tokens: int = Field(16384, ge=64)
     """Tokens per forward pass; changes memory, not results."""
@@ -249,7 +253,7 @@ class EvaluateConfig(Section):
     samples: int = Field(1, ge=1)
     """Sampled episodes per task (greedy plays once)."""
     modes: list[Literal["sampled", "greedy"]] = ["sampled", "greedy"]
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Of the panel; not the run's seed, so that runs share a panel."""
     concurrency: int = Field(256, ge=1)
 
@@ -269,15 +273,16 @@ def _one_tiny_model() -> dict[str, ModelConfig]:
 class RunConfig(Section):
     """A whole run: environment, models, stages, evaluation."""
 
-    name: str = "run"
-    seed: int = 0
+    name: str = Field("run", pattern=r"^[^/\\.][^/\\]*$")
+    """Its folder in ``output``."""
+    seed: int = Field(0, ge=0)
     output: str = "runs"
     """Folder of all runs; this one goes to ``output/name``."""
     env: EnvConfig = EnvConfig()
     prompt: PromptConfig = PROMPTS["chat"]
     """A preset by name, or its fields; ``preset`` plus fields overrides single ones."""
     sampling: SamplingConfig = SamplingConfig()
-    models: dict[str, ModelConfig] = Field(default_factory=_one_tiny_model)
+    models: dict[ModelName, ModelConfig] = Field(default_factory=_one_tiny_model)
     stages: list[StageConfig] = Field(default_factory=list)
     evaluate: EvaluateConfig = EvaluateConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -298,17 +303,30 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _references(self) -> RunConfig:
         seen: dict[str, str] = {name: "model" for name in self.models}
+        for name in ("expert", "random"):
+            if name in seen:
+                raise ValueError(f"models.{name}: this name is taken; choose another one")
         for stage in self.stages:
             if stage.name in seen or stage.name in ("expert", "random"):
-                raise ValueError(f"stage name {stage.name!r} is taken")
+                raise ValueError(f"stages.{stage.name}: this name is taken; choose another one")
             for key, kinds in _REFERENCES.items():
                 value = getattr(stage, key, None)
                 if value is not None:
                     _known(f"stages.{stage.name}.{key}", value, seen, kinds)
+            if isinstance(stage, TrainStage) and stage.init is not None:
+                self._same_model(stage, self.stage(stage.init))
             seen[stage.name] = stage.do
         for policy in self.evaluate.policies:
             _known("evaluate.policies", policy, seen, ("model", "train", "built-in"))
         return self
+
+    def _same_model(self, stage: TrainStage, init: StageConfig) -> None:
+        model = getattr(init, "model", None)
+        if stage.model != model:
+            raise ValueError(
+                f"stages.{stage.name}.model={stage.model!r}: {init.name} trains {model!r}, and a "
+                f"stage goes on with the model of its init; write model: {model}"
+            )
 
     @property
     def path(self) -> Path:
@@ -359,7 +377,7 @@ def prompt(value: Any) -> Any:
         return value
     fields = dict(value)
     name = fields.pop("preset")
-    if name not in PROMPTS:
+    if not isinstance(name, str) or name not in PROMPTS:
         known = ", ".join(PROMPTS)
         raise ConfigError(f"unknown preset; known: {known}", key="prompt", value=name)
     return {**PROMPTS[name].model_dump(), **fields}
@@ -378,30 +396,35 @@ def load(
     """
     if isinstance(source, RunConfig):
         source = source.model_dump()
-    values = read(source) if isinstance(source, (str, Path)) else dict(source or {})
+    values = read(source) if isinstance(source, (str, Path)) else copy.deepcopy(dict(source or {}))
     for override in overrides:
         _override(values, override)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise _explain(error, values) from None
 
 
 def read(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, unchecked; ConfigError when it cannot be read."""
     try:
-        text = Path(path).read_text()
-    except OSError as error:
-        remedy = f"cannot be read ({error.strerror}); give the path of a YAML file"
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        remedy = f"cannot be read ({reason}); give the path of a YAML file"
         raise ConfigError(remedy, key="config", value=str(path)) from None
-    try:
-        values = yaml.load(text, Loader=_Yaml)
-    except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"is not YAML: {line}", key="config", value=str(path)) from None
+    values = _parse(text, "config", str(path))
     if not isinstance(values, dict):
         raise ConfigError("must hold keys and values", key="config", value=str(path))
     return values
+
+
+def _parse(text: str, key: str, shown: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Yaml)
+    except yaml.YAMLError as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(f"is not YAML: {line}", key=key, value=shown) from None
 
 
 class _Yaml(yaml.SafeLoader):
@@ -423,7 +446,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     node: Any = values
     for part in parents:
         node = _child(node, part, path)
-    value = yaml.load(text, Loader=_Yaml)
+    value = _parse(text, path, text)
     if isinstance(node, list):
         raise ConfigError("needs a key below the stage", key=path, value=value)
     node[last] = value
@@ -447,39 +470,58 @@ def _child(node: Any, part: str, path: str) -> Any:
     return child
 
 
-_UNIONS: dict[str, type[Section]] = {
-    "tiny": TinyModel,
-    "local": LocalModel,
-    "collect": CollectStage,
-    "train": TrainStage,
+_UNIONS: dict[str, dict[str, type[Section]]] = {
+    "models": {"tiny": TinyModel, "local": LocalModel},
+    "stages": {"collect": CollectStage, "train": TrainStage},
 }
+"""Sections whose members are of several kinds, which pydantic puts into its locations."""
+
+_TAGS = {"models": "kind", "stages": "do"}
 
 
-def _explain(error: ValidationError) -> ConfigError:
+def _explain(error: ValidationError, values: Mapping[str, Any]) -> ConfigError:
     """The first error of pydantic's list as one line of ours."""
     first = error.errors()[0]
-    where = [part for part in first["loc"] if not (isinstance(part, str) and part in _UNIONS)]
-    key = ".".join(str(part) for part in where) or "config"
-    value = first.get("input")
+    location, value, kind = first["loc"], first.get("input"), first["type"]
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        known = _keys_at(first["loc"])
-        near = difflib.get_close_matches(str(where[-1]), known, n=1)
+    key = ".".join(_names(location, values)) or "config"
+    if kind == "extra_forbidden":
+        known = list(_section(location).model_fields)
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         return ConfigError(f"unknown key; {hint}", key=key, value=value)
+    if kind == "union_tag_invalid" and isinstance(value, Mapping):
+        union, tag = str(location[0]), _TAGS[str(location[0])]
+        remedy = f"one of {', '.join(_UNIONS[union])}"
+        return ConfigError(remedy, key=f"{key}.{tag}", value=value[tag])
+    if kind in ("union_tag_not_found", "dict_type", "model_type"):
+        message = "must hold keys and values"
     if isinstance(value, (dict, Section)):
         return ConfigError(message if key == "config" else f"{key}: {message}")
     return ConfigError(message, key=key, value=value)
 
 
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """Known keys of the section that holds the key at ``location``."""
+def _names(location: tuple[int | str, ...], values: Mapping[str, Any]) -> list[str]:
+    """``location`` as overrides write it: stages by name, and without pydantic's tags."""
+    parts = [str(part) for part in location]
+    if len(parts) > 2 and parts[2] in _UNIONS.get(parts[0], ()):
+        del parts[2]
+    if len(location) > 1 and location[0] == "stages" and isinstance(location[1], int):
+        stage = values["stages"][location[1]]
+        name = stage.get("name") if isinstance(stage, Mapping) else None
+        parts[1] = str(name) if isinstance(name, str) else parts[1]
+    return parts
+
+
+def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The section that holds the key at ``location``."""
     section: type[BaseModel] = RunConfig
-    for part in location[:-1]:
-        name = str(part)
-        field = section.model_fields.get(name)
-        if name in _UNIONS:
-            section = _UNIONS[name]
-        elif field is not None and isinstance(field.annotation, type):
-            section = field.annotation if issubclass(field.annotation, BaseModel) else section
-    return list(section.model_fields)
+    for place, part in enumerate(location[:-1]):
+        field = section.model_fields.get(str(part))
+        if place == 2 and str(part) in _UNIONS.get(str(location[0]), ()):
+            section = _UNIONS[str(location[0])][str(part)]
+        elif field is not None:
+            kinds = get_args(field.annotation) or (field.annotation,)
+            inside = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+            section = inside[0] if inside else section
+    return section

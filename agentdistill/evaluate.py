@@ -7,8 +7,8 @@ counted apart; every result names panel, environment card, prompt and sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from agentdistill.config import EvaluateConfig, SamplingConfig
@@ -37,7 +37,10 @@ class Result:
         faults: episodes lost to faults, in no rate.
         panel: hash of the task keys.
         keys: the task keys, in order.
-        outcomes: success of each episode, in order (task by task, sample by sample).
+        outcomes: success of each episode, in order (task by task, sample by sample); None where
+            a fault lost it, so that two results over one panel can be compared pair by pair.
+        setting: what else the numbers depend on: the environment (id, version, data) and its
+            options, turns, prompt, limits, sampling (None for policies that have none).
     """
 
     policy: str
@@ -52,7 +55,8 @@ class Result:
     faults: int
     panel: str
     keys: tuple[str, ...]
-    outcomes: tuple[bool, ...]
+    outcomes: tuple[bool | None, ...]
+    setting: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -61,7 +65,7 @@ class Result:
 
 def modes(name: str, config: EvaluateConfig) -> list[str]:
     """The modes in which policy ``name`` plays."""
-    return ["-"] if name in ("expert", "random") else list(config.modes)
+    return ["-"] if name in ("expert", "random") else list(dict.fromkeys(config.modes))
 
 
 def evaluate(the_run: Run, name: str, mode: str, config: EvaluateConfig | None = None) -> Result:
@@ -87,12 +91,22 @@ def play(the_run: Run, player: Policy | Loaded, mode: str, config: EvaluateConfi
             pool=the_run.pool,
         )
     )
-    return summarise(player.name, mode, tasks, trajectories)
+    return summarise(player.name, mode, tasks, trajectories, _setting(the_run, mode))
 
 
 def _sampling(the_run: Run, mode: str) -> SamplingConfig:
     base = the_run.config.sampling
     return base.model_copy(update={"temperature": 0.0}) if mode == "greedy" else base
+
+
+def _setting(the_run: Run, mode: str) -> dict[str, Any]:
+    config, card = the_run.config, the_run.env.card
+    return {
+        "env": {"id": card.id, "version": card.version, "data": card.data},
+        **config.model_dump(mode="json", include={"prompt", "limits"}),
+        **config.env.model_dump(mode="json", include={"options", "max_turns"}),
+        "sampling": None if mode == "-" else _sampling(the_run, mode).model_dump(mode="json"),
+    }
 
 
 def _requests(tasks: Sequence[Task], samples: int, seed: int) -> list[Request]:
@@ -104,7 +118,11 @@ def _requests(tasks: Sequence[Task], samples: int, seed: int) -> list[Request]:
 
 
 def summarise(
-    name: str, mode: str, tasks: Sequence[Task], trajectories: Sequence[Trajectory]
+    name: str,
+    mode: str,
+    tasks: Sequence[Task],
+    trajectories: Sequence[Trajectory],
+    setting: Mapping[str, Any] | None = None,
 ) -> Result:
     """The result of ``trajectories`` over the panel ``tasks``."""
     sound = [t for t in trajectories if not t.faults]
@@ -124,5 +142,6 @@ def summarise(
         means["faults"],
         digest(list(keys)),
         keys,
-        tuple(t.success for t in sound),
+        tuple(None if t.faults else t.success for t in trajectories),
+        dict(setting or {}),
     )

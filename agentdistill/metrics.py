@@ -36,7 +36,8 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> Interval:
     scale = 1 + z * z / trials
     centre = (rate + z * z / (2 * trials)) / scale
     spread = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials**2)) / scale
-    return Interval(max(0.0, centre - spread), min(1.0, centre + spread))
+    # The bounds of 0 and 1 are the rate itself, which rounding must not put outside.
+    return Interval(max(0.0, min(centre - spread, rate)), min(1.0, max(centre + spread, rate)))
 
 
 def of_trajectories(trajectories: Sequence[Trajectory]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Learning happens: on-policy distillation improves a student, and only by its updates.
 
-The starting student imitates random episodes, so it acts in the right format and no better than
-chance; the teacher imitates the expert. Rates are of optimal actions, over corridors that nobody
-was trained to start in.
+The starting student has begun to imitate random episodes, so it finds the format now and then and
+acts no better than chance; the teacher imitates the expert. Rates are of optimal actions, over
+corridors that nobody was trained to start in. Prompts hold one observation, which tiny models
+learn to read soonest.
 """
 
 from __future__ import annotations
@@ -27,20 +28,22 @@ SAMPLES = 20
 
 def recipe(output: Path) -> dict[str, Any]:
     model = {"hidden": 32, "heads": 2, "layers": 1, "tokenizer": {"episodes": 100}}
-    distil = {"init": "started", "teacher": "taught", "method": "opd-exact", "tasks": 16}
+    distil = {"init": "started", "teacher": "taught", "tasks": 16}
     stages = [
         {"name": "demos", "do": "collect", "episodes": 60},
         {"name": "noise", "do": "collect", "episodes": 60, "policy": "random",
          "only_success": False},
         {"name": "taught", "model": "teacher", "method": "sft", "data": "demos",
-         "iterations": 60, "tasks": 16, "lr": 1e-2},
+         "iterations": 40, "tasks": 16, "lr": 1e-2},
         {"name": "started", "model": "student", "method": "sft", "data": "noise",
-         "axes": {"only_success": False}, "iterations": 40, "tasks": 16, "lr": 1e-2},
-        {"name": "distilled", **distil, "iterations": 25, "lr": 1e-2},
-        {"name": "frozen", **distil, "iterations": 4, "lr": 1e-12},
+         "axes": {"only_success": False}, "iterations": 10, "tasks": 16, "lr": 1e-2},
+        {"name": "sampled", **distil, "method": "opd", "iterations": 20, "lr": 1e-2},
+        {"name": "exact", **distil, "method": "opd-exact", "iterations": 20, "lr": 1e-2},
+        {"name": "frozen", **distil, "method": "opd", "iterations": 4, "lr": 1e-12},
     ]  # fmt: skip
     models = {"teacher": model, "student": model}
-    return micro(output, models=models, stages=stages, evaluate={"policies": []})
+    prompt = {"preset": "bare", "window": 0}
+    return micro(output, models=models, prompt=prompt, stages=stages, evaluate={"policies": []})
 
 
 def optimal_rates(run: Run, name: str) -> list[float]:
@@ -68,9 +71,10 @@ def test_distillation_improves_the_student(tmp_path: Path) -> None:
     config = load(recipe(tmp_path))
     outcome = execute(config)
     run = Run(config)
-    names = ("started", "taught", "distilled", "frozen")
+    names = ("started", "taught", "sampled", "exact", "frozen")
     rates = {name: optimal_rates(run, name) for name in names}
     assert gain(rates["taught"], rates["started"]) > 3, "the teacher has nothing to teach"
-    assert gain(rates["distilled"], rates["started"]) > 3
+    assert gain(rates["sampled"], rates["started"]) > 3
+    assert gain(rates["exact"], rates["started"]) > 3
     assert outcome.stages["frozen"]["scored_tokens"] > 0
     assert abs(gain(rates["frozen"], rates["started"])) < 1, "improved without learning"

@@ -7,7 +7,9 @@ metrics and evaluations, bit by bit; only clocks may differ.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -28,6 +30,7 @@ from agentdistill.errors import ConfigError, EnvError, StoreError
 from agentdistill.recipe import execute
 from agentdistill.run import Run
 from agentdistill.store import Store
+from tests.test_config import COMBINATIONS, combination, verdict
 from tests.toy import Corridor, micro
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks with torch loaded")
@@ -544,3 +547,23 @@ def test_adapters_and_dropout_are_seeded(tmp_path: Path, reference: Reference) -
     first = traces(tmp_path / "a" / "micro")
     assert "stages/only/model/adapter_model.safetensors" in first
     assert_same(tmp_path / "b" / "micro", first)
+
+
+def test_every_combination_that_is_accepted_runs(tmp_path: Path) -> None:
+    """One iteration at every point of the space that no constraint refuses."""
+    accepted = [chosen for point in COMBINATIONS if verdict(chosen := combination(*point)) is None]
+    overs = itertools.cycle(["token", "turn", "step", "stream", "trajectory", "group"])
+    stages = [recipe(tmp_path)["stages"][0] | {"only_success": True}]
+    for number, chosen in enumerate(accepted):
+        fields = chosen.model_dump(exclude={"do", "name"}, exclude_unset=True)
+        fields["axes"]["over"] = next(overs)
+        teacher = "teacher" if fields.pop("teacher") else None
+        stages.append({**fields, "name": f"point_{number}", "teacher": teacher, "tasks": 2})
+    values = recipe(tmp_path, stages=stages, evaluate={"policies": []}, sampling={"max_tokens": 1})
+    outcome = execute(load(values))
+    assert len(outcome.stages) == 1 + len(accepted) > 50
+    for number, chosen in enumerate(accepted):
+        (line,) = metrics(tmp_path, f"point_{number}")
+        assert line["rows"] > 0 and math.isfinite(line["grad_norm"]), chosen.axes
+        moves = chosen.axes["signal"]["divergence"] != "none"
+        assert line["grad_norm"] > 0 or not moves, chosen.axes

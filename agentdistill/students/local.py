@@ -13,6 +13,9 @@ Invariants
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -56,14 +59,15 @@ def load(
         remedy = "is an adapter already, with a rank and targets of its own: remove lora"
         raise ConfigError(remedy, key="path", value=config.path)
     options = _options(config, whole=trained and config.lora is None and not adapter)
+    reader: Any = AutoModelForCausalLM
+    if adapter:
+        import peft
+
+        reader, options["is_trainable"] = peft.AutoPeftModelForCausalLM, True
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=config.revision)
-        if adapter:
-            from peft import AutoPeftModelForCausalLM
-
-            model = AutoPeftModelForCausalLM.from_pretrained(where, is_trainable=True, **options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(where, **options)
+        with _quiet():
+            model = reader.from_pretrained(where, **options)
     except Exception as error:  # a broken folder raises whatever its reader does
         remedy = "cannot be loaded; give a transformers folder or a reachable hub id"
         raise ConfigError(f"{remedy} ({_line(error)})", key="path", value=config.path) from error
@@ -103,6 +107,14 @@ def _options(config: LocalModel, *, whole: bool) -> dict[str, Any]:
     return options
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what peft says to its own authors: of an old name, and that GPT-2 is transposed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|fan_in_fan_out")
+        yield
+
+
 def _line(error: Exception) -> str:
     """What ``error`` says, in one short line."""
     return shorten(str(error) or type(error).__name__, 200, placeholder=" …")
@@ -124,7 +136,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
         task_type="CAUSAL_LM",
     )
     try:
-        return peft.get_peft_model(model, adapters)  # type: ignore[return-value]
+        with _quiet():
+            return peft.get_peft_model(model, adapters)  # type: ignore[return-value]
     except ValueError as error:
         remedy = f"does not fit {type(model).__name__}; give all-linear, or names of its modules"
         raise ConfigError(

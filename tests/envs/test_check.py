@@ -194,7 +194,7 @@ def test_what_cannot_be_made_is_a_config_error(target: str) -> None:
 
 
 def test_a_wrong_argument_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="env.options=.*options of"):
+    with pytest.raises(ConfigError, match=r"env\.options=.*options of"):
         check_env("agentdistill.envs.sokoban:SokobanEnv", kwargs={"colour": "red"})
     with pytest.raises(ConfigError, match="boxes=0"):
         check_env("agentdistill/Sokoban-v0", kwargs={"boxes": 0})
