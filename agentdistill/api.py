@@ -16,7 +16,7 @@ from typing import Any
 from agentdistill.callbacks import Callback
 from agentdistill.config import CollectStage, RunConfig, TrainStage, load
 from agentdistill.errors import ConfigError
-from agentdistill.evaluate import Result
+from agentdistill.evaluation import Result
 from agentdistill.recipe import Outcome, execute
 from agentdistill.records import Trajectory
 
@@ -111,8 +111,8 @@ def evaluate(
     overrides: Sequence[str] = (),
 ) -> Result:
     """Let one policy of ``config`` (a stage, model, ``expert`` or ``random``) play the panel."""
-    from agentdistill.evaluate import evaluate as play
-    from agentdistill.evaluate import modes
+    from agentdistill.evaluation import evaluate as play
+    from agentdistill.evaluation import modes
     from agentdistill.recipe import validate
 
     loaded = load(config, overrides)

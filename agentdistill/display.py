@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-    from agentdistill.evaluate import Result
+    from agentdistill.evaluation import Result
     from agentdistill.recipe import Outcome
 
 EVALUATION = "evaluation"

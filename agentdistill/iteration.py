@@ -26,7 +26,7 @@ from agentdistill.config import TrainStage
 from agentdistill.crash import crash_point
 from agentdistill.engines.forward import device_of
 from agentdistill.errors import ConfigError, EnvError
-from agentdistill.evaluate import play
+from agentdistill.evaluation import play
 from agentdistill.files import sync, write_text
 from agentdistill.methods import compile as plan
 from agentdistill.methods.constraints import check

@@ -14,14 +14,15 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agentdistill.callbacks import Callback, Callbacks, JsonLines
 from agentdistill.config import CollectStage, RunConfig, StageConfig, TinyModel, TrainStage
-from agentdistill.errors import ConfigError
-from agentdistill.evaluate import Result, evaluate, modes
+from agentdistill.errors import ConfigError, EngineError
+from agentdistill.evaluation import Result, evaluate, modes
 from agentdistill.files import write_text
 from agentdistill.methods.constraints import check
 from agentdistill.methods.index import get
@@ -171,7 +172,7 @@ def _perform(the_run: Run, job: Job, callback: Callback) -> None:
     """Do one job in this process."""
     callback = Callbacks([JsonLines(), callback])
     if isinstance(job.stage, CollectStage):
-        from agentdistill.collect import collect
+        from agentdistill.collection import collect
 
         collect(the_run, job.stage, callback)
     elif isinstance(job.stage, TrainStage):
@@ -254,6 +255,9 @@ def _in_processes(the_run: Run, jobs: Sequence[Job], callback: Callback) -> None
     ) as pool:
         try:
             _schedule(the_run, jobs, pool, listener, failures)
+        except BrokenProcessPool as error:
+            remedy = "repeat the command to go on, with fewer workers if memory is short"
+            raise EngineError(f"a worker process was killed; {remedy}") from error
         except BaseException:
             for process in list((pool._processes or {}).values()):
                 process.terminate()

@@ -222,8 +222,8 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def show_cost(costs: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table of the medians of :func:`cost`, a contender a row."""
+def tables(costs: Mapping[str, Any], pairs: Mapping[str, Any]) -> str:
+    """Medians of :func:`cost`, a contender a row, and :func:`agreement`, a pair a row."""
     columns = {
         "s/step": ("step_wall_s", ".3f"),
         "CPU s/step": ("step_cpu_s", ".3f"),
@@ -237,14 +237,9 @@ def show_cost(costs: Mapping[str, Mapping[str, Any]]) -> str:
         [name, *(format(found[key]["median"], style) for key, style in columns.values())]
         for name, found in costs.items()
     ]
-    return show(("", *columns), rows)
-
-
-def show_agreement(pairs: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table of :func:`agreement`, a pair a row."""
-    keys = ("loss", "weights", "update")
-    rows = [[name, *(f"{found[key]:.1e}" for key in keys)] for name, found in pairs.items()]
-    return show(("difference", *keys), rows)
+    kinds = ("loss", "weights", "update")
+    apart = [[name, *(f"{found[kind]:.1e}" for kind in kinds)] for name, found in pairs.items()]
+    return show(("", *columns), rows) + "\n\n" + show(("difference", *kinds), apart)
 
 
 def save(path: Path, results: Mapping[str, Any]) -> None:

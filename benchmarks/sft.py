@@ -26,19 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import (
-    RESULTS,
-    Log,
-    agreement,
-    cost,
-    digest,
-    facts,
-    finished,
-    in_turns,
-    save,
-    show_agreement,
-    show_cost,
-)
+from common import RESULTS, Log, agreement, cost, digest, facts, finished, in_turns, save, tables
 
 STAGE = "demos"
 WARM = 2
@@ -124,9 +112,14 @@ def prepare(size: Size, folder: Path) -> dict[str, Any]:
         store.commit(STAGE, 0, [store.write(STAGE, 0, episodes)], {})
         export(store, folder / "rows.jsonl")
     authors = [stream.author for episode in episodes for stream in episode.streams]
-    trained = sum(int((author == Author.ACTOR).sum()) for author in authors)
-    counts = {"episodes": len(episodes), "vocabulary": len(tokenizer)}
-    return {**counts, "tokens": sum(map(len, authors)), "trained_tokens": trained}
+    batches = [authors[first : first + size.batch] for first in range(0, number, size.batch)]
+    return {
+        "episodes": len(episodes),
+        "vocabulary": len(tokenizer),
+        "tokens": sum(map(len, authors)),
+        "trained_tokens": sum(int((author == Author.ACTOR).sum()) for author in authors),
+        "padded_tokens": sum(len(batch) * max(map(len, batch)) for batch in batches),
+    }
 
 
 def _change(episodes: list[Any], size: Size, known: int) -> list[Any]:
@@ -137,8 +130,7 @@ def _change(episodes: list[Any], size: Size, known: int) -> list[Any]:
 
     new = np.arange(known, dtype=np.int32)
     if size.vocabulary:
-        chosen = np.random.default_rng(size.seed).permutation(size.vocabulary)
-        new = chosen[:known].astype(np.int32)
+        new = np.random.default_rng(size.seed).permutation(size.vocabulary).astype(np.int32)
 
     def changed(stream: Any) -> Any:
         author = stream.author
@@ -368,7 +360,7 @@ def report(found: Mapping[str, Any]) -> str:
     data = found["data"]
     share = data["trained_tokens"] / data["tokens"]
     title = f"{found['size']['name']}: {data['vocabulary']} ids, {share:.0%} of tokens trained"
-    return f"{title}\n{show_cost(found['cost'])}\n\n{show_agreement(found['agreement'])}\n"
+    return f"{title}\n{tables(found['cost'], found['agreement'])}\n"
 
 
 def main() -> None:

@@ -230,11 +230,7 @@ def test_resumed_stages_say_where_they_begin(tmp_path: Path) -> None:
         execute(load(recipe(tmp_path)), [Stops()])
     recorder = Recorder()
     execute(load(recipe(tmp_path)), [recorder])
-    assert [event[:1] + event[2:] for event in recorder.events if event[0] != "iteration"][0] == (
-        "start",
-        tmp_path / "micro" / "stages" / "taught",
-        2,
-    )
+    assert recorder.events[0] == ("start", "taught", tmp_path / "micro" / "stages" / "taught", 2)
     assert [event[2] for event in recorder.events if event[0] == "iteration"] == [2]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from agentdistill import display
 from agentdistill.config import RunConfig, TrainStage
-from agentdistill.evaluate import Result
+from agentdistill.evaluation import Result
 from agentdistill.metrics import Interval
 
 MEASURED = Result(

@@ -73,3 +73,11 @@ def test_help_is_quick() -> None:
         seconds.append(time.perf_counter() - start)
         assert "quickstart" in text
     assert min(seconds) < 1.5
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """A submodule is set as an attribute of the package once it is imported."""
+    import agentdistill
+
+    folder = Path(agentdistill.__file__).parent
+    assert not {p.stem for p in folder.iterdir()} & set(agentdistill.__all__)

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from agentdistill import evaluate as evaluation
+from agentdistill import evaluation
 from agentdistill.config import EvaluateConfig, load
 from agentdistill.errors import ConfigError
-from agentdistill.evaluate import Result, evaluate, modes, summarise
+from agentdistill.evaluation import Result, evaluate, modes, summarise
 from agentdistill.methods.index import get
 from agentdistill.metrics import of_table, of_trajectories, wilson
 from agentdistill.policy import ExpertPolicy, RandomPolicy, derive_seed

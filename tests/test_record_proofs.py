@@ -355,6 +355,8 @@ def test_rltf_sd_trains_second_attempts_where_the_first_stood() -> None:
     student = make_model(0)
     cases = [Retry(seed) for seed in range(2)]
     table = build([sampled_by(student, case.record()) for case in cases], {"alone": alone})
+    LocalScorer("old", student).score(table, view="alone", rows=table.acted)
+    assert torch.equal(table["logp/old@alone"].isnan(), table["turn"] == 0)
     gain = centred(SECOND, FIRST)
     assert gain.tolist() == [0.5, 0.5]
     assert centred(SECOND, SECOND).tolist() == [0.0, 0.0]

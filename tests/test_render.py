@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from agentdistill import actions
@@ -169,15 +169,13 @@ def test_dropping_reasoning_deletes_its_tokens_and_nothing_else() -> None:
 
 
 def split(mine: Renderer, text: str, cuts: list[int]) -> tuple[int, ...]:
-    """``text`` as ids, encoded byte by byte between ``cuts``, as a model might sample it."""
-    alphabet = mine.tokenizer.get_vocab()
-    bytes_ = [mine.tokenizer.convert_ids_to_tokens(i) for i in mine.encode(text)]
-    letters = "".join(bytes_)
-    borders = sorted({0, len(letters), *(c % (len(letters) + 1) for c in cuts)})
+    """``text`` as a model might sample it: between even cuts in its usual ids, else in bytes."""
+    borders = [0, *sorted(c for c in cuts if 0 < c < len(text)), len(text)]
     ids: list[int] = []
-    for begin, end in pairwise(borders):
-        piece = letters[begin:end]
-        ids += [alphabet[piece]] if piece in alphabet else [alphabet[c] for c in piece]
+    for number, (begin, end) in enumerate(pairwise(borders)):
+        usual = mine.encode(text[begin:end])
+        letters = "".join(mine.tokenizer.convert_ids_to_tokens(list(usual)))
+        ids += mine.tokenizer.convert_tokens_to_ids(list(letters)) if number % 2 else usual
     return tuple(ids)
 
 
@@ -196,7 +194,9 @@ def labels(mine: Renderer, ids: tuple[int, ...], text: str) -> list[int]:
     return kinds
 
 
-words = st.text(st.sampled_from("ab 右ü🚪<>\n"), max_size=8)
+words = st.text(st.sampled_from("ab 右ü🚪<>\n"), max_size=8) | st.sampled_from(
+    ["right", "the goal"]
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -207,8 +207,10 @@ words = st.text(st.sampled_from("ab 右ü🚪<>\n"), max_size=8)
     )
     | st.builds("<answer>{} || {}</answer>{}".format, words, words, words)
     | words,
-    st.lists(st.integers(0, 200), max_size=12),
+    st.lists(st.integers(0, 60), max_size=8),
 )
+@example("action", "<action>right</action>", [])  # "right</action>" is one token
+@example("plain", "右", [])  # one character in three tokens
 def test_kinds_equal_a_count_of_bytes(grammar: str, text: str, cuts: list[int]) -> None:
     assume(text)
     mine = _of_grammar(grammar)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -123,7 +123,7 @@ def test_frequent_rows_are_single_tokens_and_no_token_crosses_a_line() -> None:
 
 
 def test_a_spelled_special_token_teaches_no_merge() -> None:
-    said = [f"{name}{tiny.END}" for name in tokenizer().all_special_tokens] * 30 + ["\ud800"]
+    said = ["a<|end|>b", *tokenizer().all_special_tokens] * 30 + ["\ud800"]
     found = tiny.train_tokenizer(said, TokenizerConfig(vocabulary=400))
     for text in said:
         ids = found.encode(text.replace("\ud800", ""), split_special_tokens=True)
@@ -307,7 +307,7 @@ def test_weights_of_another_model_are_refused(base: Path, kind: str) -> None:
 def test_adapters_of_another_kind_are_refused(base: Path, tmp_path: Path, change: Any) -> None:
     local.save(loaded(base, lora=LORA), tokenizer(), tmp_path)
     lora = None if change is None else LORA.model_copy(update=change)
-    with pytest.raises(EngineError, match="no whole model|of another model"):
+    with pytest.raises(EngineError, match=r"no whole model|of another model"):
         local.load_weights(loaded(base, lora=lora), tmp_path)
     part = loaded(base, lora=LoraConfig(rank=2, targets=["q_proj"]))
     local.save(part, tokenizer(), tmp_path)
@@ -324,6 +324,11 @@ def test_damaged_weights_are_refused(base: Path, tmp_path: Path) -> None:
         local.load_weights(model, tmp_path)
     with pytest.raises(ConfigError, match="cannot be loaded"):
         loaded(tmp_path)
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(EngineError, match=r"missing: model\.norm\.weight"):
+        local.load_weights(model, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +403,7 @@ DISTILLED |= {"tasks": 3, "lr": 1e-2, "checkpoint_every": 1}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the stages of a run: a small teacher, and a copy of it with adapters on bfloat16."""
+    """Stages of a run: a small teacher, and a copy of it with adapters on bfloat16."""
     output = tmp_path_factory.mktemp("trained")
     execute(load_config(_adapting(output, output)))
     return output / "micro" / "stages"
@@ -414,9 +419,8 @@ def _adapting(output: Path, first: Path) -> dict[str, Any]:
 def test_adapters_on_bfloat16_learn(trained: Path) -> None:
     lines = (trained / "distilled" / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
-    assert [0 < m["grad_norm"] < 1e6 and m["loss/reverse_kl"] >= -1e-3 for m in metrics] == [
-        True
-    ] * 4
+    assert len(metrics) == 4
+    assert all(0 < m["grad_norm"] < 1e6 and m["loss/reverse_kl"] >= -1e-3 for m in metrics)
     weights = load_file(trained / "distilled" / "model" / "adapter_model.safetensors")
     moved = [bool(w.any()) for name, w in weights.items() if "lora_B" in name]
     assert moved

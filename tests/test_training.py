@@ -26,7 +26,7 @@ import pytest
 from agentdistill import crash, iteration
 from agentdistill.callbacks import Callback
 from agentdistill.config import load
-from agentdistill.errors import ConfigError, EnvError, StoreError
+from agentdistill.errors import ConfigError, EngineError, EnvError, StoreError
 from agentdistill.recipe import execute
 from agentdistill.run import Run
 from agentdistill.store import Store
@@ -282,6 +282,20 @@ def test_killed_with_workers(tmp_path: Path, reference: Reference) -> None:
     assert_same(tmp_path / "micro", reference.traces)
 
 
+def test_a_worker_that_is_killed_stops_the_run(
+    tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when memory runs out; the same command goes on."""
+    crash._reached.clear()
+    values = recipe(tmp_path, workers=2)
+    with monkeypatch.context() as patch:
+        patch.setenv(crash.VARIABLE, "iteration:after-update:3")  # only workers get there
+        with pytest.raises(EngineError, match="a worker process was killed; repeat the command"):
+            execute(load(values))
+    execute(load(values))
+    assert_same(tmp_path / "micro", reference.traces)
+
+
 def _free(stage: Path) -> bool:
     try:
         Store(stage).close()
@@ -340,7 +354,7 @@ def test_paid_rollouts_are_read_back(tmp_path: Path) -> None:
 def test_a_finished_run_is_only_read(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {path: path.stat().st_mtime_ns for path in reference.path.rglob("*")}
     monkeypatch.setattr(iteration.Training, "run", None)
-    monkeypatch.setattr("agentdistill.collect.collect", None)
+    monkeypatch.setattr("agentdistill.collection.collect", None)
     monkeypatch.setattr("agentdistill.recipe.evaluate", None)
     again = execute(load(recipe(reference.path.parent)))
     assert again == reference.outcome

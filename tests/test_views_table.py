@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agentdistill.records import (
@@ -297,6 +297,7 @@ def test_views_of_other_tokens_are_refused(wrong: object) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.lists(st.integers(1, 20), max_size=8), st.integers(0, 3))
+@example(4, [1, 1, 1], 3)  # two streams that fill a part to the last token
 def test_micro_batches_hold_every_stream_once_in_order(
     tokens: int, lengths: list[int], drop: int
 ) -> None:

@@ -21,8 +21,16 @@ class Corridor(TextEnv):
 
     @property
     def card(self) -> Card:
-        return Card("tests/Corridor-v0", "1", "", "Apache-2.0", ("train", "tune", "report"), 12,
-                    self._isolation, ("success", "score", "optimal"))
+        return Card(
+            "tests/Corridor-v0",
+            "1",
+            "",
+            "Apache-2.0",
+            ("train", "tune", "report"),
+            12,
+            self._isolation,
+            ("success", "score", "optimal"),
+        )
 
     @property
     def instruction(self) -> str:
@@ -90,10 +98,24 @@ def micro(output, **changes):
         },
         "stages": [
             {"name": "demos", "do": "collect", "episodes": 30, "batch": 15},
-            {"name": "taught", "model": "teacher", "method": "sft", "data": "demos",
-             "iterations": 20, "tasks": 8, "lr": 1e-2},
-            {"name": "distilled", "model": "student", "teacher": "taught", "method": "opd",
-             "iterations": 6, "tasks": 4, "checkpoint_every": 2},
+            {
+                "name": "taught",
+                "model": "teacher",
+                "method": "sft",
+                "data": "demos",
+                "iterations": 20,
+                "tasks": 8,
+                "lr": 1e-2,
+            },
+            {
+                "name": "distilled",
+                "model": "student",
+                "teacher": "taught",
+                "method": "opd",
+                "iterations": 6,
+                "tasks": 4,
+                "checkpoint_every": 2,
+            },
         ],
         "evaluate": {"policies": ["expert", "random", "taught", "distilled"], "tasks": 5},
     }

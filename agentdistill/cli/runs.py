@@ -178,7 +178,7 @@ def _play(
     """Play a collect stage, alone or beside those of ``config``; return its folder."""
     from agentdistill import api, recipe
     from agentdistill.callbacks import Callbacks, JsonLines
-    from agentdistill.collect import collect as play
+    from agentdistill.collection import collect as play
     from agentdistill.config import CollectStage, load
     from agentdistill.records import digest
 
@@ -257,7 +257,7 @@ def evaluate(
     """Let policies of a run play the panel."""
     from agentdistill import api, display
     from agentdistill.config import load
-    from agentdistill.evaluate import modes
+    from agentdistill.evaluation import modes
     from agentdistill.run import Run
 
     chosen = {None: None, Mode.both: ["sampled", "greedy"]}.get(mode, [mode])

@@ -103,7 +103,9 @@ def fill(table: Table, axes: Axes) -> dict[str, float]:
     if axes.reward.kind == "grpo":
         gains = reward_advantages(table, axes)
         groups = {t.group for t in table.trajectories}
-        taught = {t.group for t, gain in zip(table.trajectories, gains, strict=True) if gain}
+        taught = {
+            t.group for t, gain in zip(table.trajectories, gains.tolist(), strict=True) if gain
+        }
         metrics["zero_advantage_groups"] = 1 - len(taught) / max(len(groups), 1)
         total = total + axes.reward.coef * table.spread(gains)
     if axes.policy_gradient.tis_cap:
