@@ -131,7 +131,7 @@ class LocalModel(Section):
     path: str
     """Folder or hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    """``auto``: float32 on a CPU and where a stage trains all weights, else bfloat16."""
     device: str = "auto"
     """``auto``: the first GPU, else the CPU."""
     attention: str | None = None
