@@ -34,8 +34,8 @@ WARM = 2
 CURVE = 20
 """Steps whose losses are compared."""
 DECAY = 0.1
-"""Weight decay of the two controls that have any."""
-DECAYED = ("ours, decay", "trl, decay")
+"""Weight decay of the controls that have any."""
+DECAYED = ("ours, decay", "trl, decay", "trl, decay on all")
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.98), "clip_norm": 1.0}
 """Of the optimiser, in the words of a train stage."""
 
@@ -161,10 +161,11 @@ class Done:
     trained: Iterable[tuple[int, int, int]]
 
 
-def ours(
-    size: Size, folder: Path, log: Log, *, micro_tokens: int = 16384, decay: float = 0.0
-) -> Done:
-    """What an iteration on recorded episodes does: table, method's columns, backward, step."""
+def ours(size: Size, folder: Path, log: Log, **changes: Any) -> Done:
+    """What an iteration on recorded episodes does: table, method's columns, backward, step.
+
+    ``changes`` are keys of the train stage.
+    """
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401  (loaded late otherwise)
 
     from agentdistill.config import TrainStage
@@ -176,8 +177,8 @@ def ours(
 
     log.lap("import")
     model, _ = _fresh(size, folder, log)
-    settings = {**SETTINGS, "weight_decay": decay, "micro_tokens": micro_tokens}
-    stage = TrainStage(name="taught", method="sft", iterations=size.steps, **settings)
+    settings = {"name": "taught", "method": "sft", "iterations": size.steps, **SETTINGS}
+    stage = TrainStage(**{**settings, **changes})
     axes = get("sft").axes
     terms, optimiser = plan.terms(axes), Optimiser(model, stage)
     with Store(folder / "episodes", readonly=True) as store:
@@ -200,10 +201,13 @@ def ours(
     return Done(model, losses, zip(*columns, strict=True))
 
 
-def trl(
-    size: Size, folder: Path, log: Log, *, padding_free: bool = False, decay: float = 0.0
-) -> Done:
-    """SFTTrainer on rows of ``input_ids`` and ``labels``, which it takes as they are."""
+def trl(size: Size, folder: Path, log: Log, *, on_all: bool = False, **changes: Any) -> Done:
+    """SFTTrainer on rows of ``input_ids`` and ``labels``, which it takes as they are.
+
+    ``changes`` are arguments of SFTConfig. With ``on_all`` the trainer gets an optimiser that
+    decays the norms too, which its own does not.
+    """
+    import torch
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401  (loaded late otherwise)
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
@@ -221,13 +225,18 @@ def trl(
 
     log.lap("import")
     model, tokenizer = _fresh(size, folder, log)
+    optimiser = None
+    if on_all:
+        plain = {"lr": SETTINGS["lr"], "betas": SETTINGS["betas"], "weight_decay": DECAY}
+        optimiser = torch.optim.AdamW(model.parameters(), **plain)
     with tempfile.TemporaryDirectory() as output:
         trainer = SFTTrainer(
             model=model,
-            args=SFTConfig(**_trl_settings(size, output, padding_free, decay)),
+            args=SFTConfig(**{**_trl_settings(size, output), **changes}),
             train_dataset=Dataset.from_list(_rows(folder / "rows.jsonl")),
             processing_class=tokenizer,
             callbacks=[Steps()],
+            optimizers=(optimiser, None),
         )
         trainer.remove_callback(PrinterCallback)
         trained_on: Any = trainer.train_dataset
@@ -239,7 +248,7 @@ def trl(
     return Done(model, losses, trained)
 
 
-def _trl_settings(size: Size, output: str, padding_free: bool, decay: float) -> dict[str, Any]:
+def _trl_settings(size: Size, output: str) -> dict[str, Any]:
     """Arguments of SFTConfig: the same algorithm, and nothing switched on that only costs time."""
     return {
         "per_device_train_batch_size": size.batch,
@@ -249,10 +258,8 @@ def _trl_settings(size: Size, output: str, padding_free: bool, decay: float) -> 
         "lr_scheduler_type": "constant",
         "adam_beta1": SETTINGS["betas"][0],
         "adam_beta2": SETTINGS["betas"][1],
-        "weight_decay": decay,
         "max_grad_norm": SETTINGS["clip_norm"],
         "max_length": None,
-        "padding_free": padding_free,
         "bf16": False,
         "gradient_checkpointing": False,
         "use_cpu": True,
@@ -281,13 +288,11 @@ def _rows(path: Path) -> list[dict[str, list[int]]]:
 
 def _fresh(size: Size, folder: Path, log: Log) -> tuple[Any, Any]:
     """The model at its first weights, and the tokenizer."""
-    import torch
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
     from agentdistill.students import tiny
 
-    torch.set_num_threads(1)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")
     model = tiny.build(_model(size), tokenizer, size.seed)
     save_file(_weights(model), folder / "start.safetensors")
@@ -304,14 +309,16 @@ CONTENDERS: dict[str, Callable[..., Done]] = {
     "trl": trl,
     "trl, padding-free": partial(trl, padding_free=True),
     "ours, cut finer": partial(ours, micro_tokens=256),
-    DECAYED[0]: partial(ours, decay=DECAY),
-    DECAYED[1]: partial(trl, decay=DECAY),
+    DECAYED[0]: partial(ours, weight_decay=DECAY),
+    DECAYED[1]: partial(trl, weight_decay=DECAY),
+    DECAYED[2]: partial(trl, on_all=True),
 }
 PAIRS = {
     "trl": "ours",
     "trl, padding-free": "ours",
     "ours, cut finer": "ours",
     "trl, decay": "ours, decay",
+    "trl, decay on all": "ours, decay",
 }
 """Who is compared with whom for agreement; cut finer shows what rounding alone does."""
 
