@@ -131,7 +131,7 @@ class LocalModel(Section):
     path: str
     """Folder or hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """``auto``: float32 on a CPU and where a stage trains all weights, else bfloat16."""
+    """``auto``: float32 on a CPU, bfloat16 on a GPU (trained through float32 masters)."""
     device: str = "auto"
     """``auto``: the first GPU, else the CPU."""
     attention: str | None = None

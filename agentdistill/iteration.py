@@ -117,7 +117,7 @@ class Training:
         if found:
             folder = found[1]
             local.load_weights(self.student.model, folder / "model")
-            state = load_state(folder / "state.pt", self.optimiser.adam)
+            state = load_state(folder / "state.pt", self.optimiser)
             self.tasks.load_state_dict(state["tasks"])
             self.totals = dict(state["totals"])
         self.student.engine.publish(done)
@@ -354,7 +354,7 @@ class Training:
 
         def write(folder: Path) -> None:
             local.save(self.student.model, self.student.tokenizer, folder / "model")
-            save_state(folder / "state.pt", self.optimiser.adam, state=state)
+            save_state(folder / "state.pt", self.optimiser, state=state)
 
         return self.checkpoints.save(self.iteration, write=write)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -216,7 +216,11 @@ def learning_rate(stage: TrainStage, progress: float) -> float:
 
 
 class Optimiser:
-    """AdamW, the schedule, gradient clipping, and the sum over ranks."""
+    """AdamW, the schedule, gradient clipping, and the sum over ranks.
+
+    Weights in bfloat16 have float32 masters, on which AdamW works and of which they are the rounded
+    copies: a step of ``lr`` is often smaller than what bfloat16 can tell apart, and would be lost.
+    """
 
     def __init__(self, model: PreTrainedModel, stage: TrainStage) -> None:
         """Optimise the parameters of ``model`` that require gradients."""
@@ -224,8 +228,9 @@ class Optimiser:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise EngineError("the student has no trainable parameters")
+        self.masters = [_master(parameter) for parameter in self.parameters]
         self.adam = torch.optim.AdamW(
-            self.parameters, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay
+            self.masters, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay
         )
 
     def step(self, progress: float) -> dict[str, float]:
@@ -234,13 +239,13 @@ class Optimiser:
         Args:
             progress: share of the stage that is done, for the learning rate.
         """
-        for parameter in self.parameters:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter.grad is None and _distributed():
                 # Another rank may have one, and a sum needs all of them.
                 parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
-                parameter.grad = all_sum(parameter.grad)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.stage.clip_norm))
+                master.grad = all_sum(parameter.grad).to(master.dtype)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.stage.clip_norm))
         if not math.isfinite(norm):
             raise EngineError("the gradient is not finite; lower the learning rate or use float32")
         rate = learning_rate(self.stage, progress)
@@ -248,4 +253,36 @@ class Optimiser:
             group["lr"] = rate
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
+        self._round()
         return {"lr": rate, "grad_norm": norm}
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Give the model its copies of the masters."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)
+                parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's state and the masters (None where a weight is its own)."""
+        pairs = zip(self.parameters, self.masters, strict=True)
+        return {
+            "adam": self.adam.state_dict(),
+            "masters": [None if p is m else m for p, m in pairs],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; the model's own weights are loaded apart."""
+        self.adam.load_state_dict(state["adam"])
+        with torch.no_grad():
+            for master, saved in zip(self.masters, state["masters"], strict=True):
+                if saved is not None:
+                    master.copy_(saved)
+
+
+def _master(parameter: torch.nn.Parameter) -> Tensor:
+    """What AdamW works on: the weight itself, or a float32 copy of one in half precision."""
+    if parameter.dtype in (torch.float32, torch.float64):
+        return parameter
+    return parameter.detach().float().requires_grad_(True)

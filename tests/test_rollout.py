@@ -398,7 +398,8 @@ def test_a_configuration_error_is_no_fault() -> None:
 async def _nothing_left(work: Coroutine[Any, Any, Any]) -> BaseException | None:
     """The error of ``work``; it leaves no task behind, and does not hang."""
     try:
-        await asyncio.wait_for(work, 20)
+        async with asyncio.timeout(20):
+            await work
     except BaseException as error:
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return error
@@ -734,6 +735,16 @@ def test_outcomes_do_not_depend_on_concurrency(parts: tuple[Any, Any]) -> None:
     for other in sampled:
         _assert_same(other, sampled[0])
         _assert_same(other[:5], other[5:])
+
+
+def test_equal_requests_at_different_times_share_nothing(parts: tuple[Any, Any]) -> None:
+    """The second begins when the first is in the middle."""
+    twin, short = request(number=1, at=0, goal=5), request(number=2, at=4, goal=5)
+    policy = actor(parts, PROMPTS["react"])
+    policy.sampling = Sampling(temperature=0, max_tokens=6)
+    first, _, second = play(policy, [twin, short, twin], concurrency=2)
+    assert len(first.turns) > 2
+    _assert_same([first, first], [second, one(policy, twin)])
 
 
 def _assert_same(found: Sequence[Trajectory], wanted: Sequence[Trajectory]) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,13 +27,21 @@ from transformers import (
 )
 
 from agentdistill.callbacks import Callback
-from agentdistill.config import LocalModel, LoraConfig, PromptConfig, TinyModel, TokenizerConfig
+from agentdistill.config import (
+    LocalModel,
+    LoraConfig,
+    PromptConfig,
+    TinyModel,
+    TokenizerConfig,
+    TrainStage,
+)
 from agentdistill.config import load as load_config
 from agentdistill.engines.base import Sampling
 from agentdistill.engines.hf import HFEngine
 from agentdistill.errors import ConfigError, EngineError
 from agentdistill.iteration import Training
 from agentdistill.methods import compile as plan
+from agentdistill.optimise import Optimiser
 from agentdistill.recipe import execute
 from agentdistill.records import Actor, Author, Task, Trajectory, Turn
 from agentdistill.render import Renderer, materialise
@@ -361,20 +369,34 @@ def test_an_adapter_gets_no_second_one(base: Path, tmp_path: Path) -> None:
         loaded(tmp_path, lora=LORA)
 
 
-def test_weights_that_are_trained_are_float32(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = LocalModel(path=str(base), device="cpu", dtype="bfloat16")
-    with pytest.raises(ConfigError, match=r"dtype='bfloat16': .* float32, or lora"):
+def test_only_float16_cannot_be_trained(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LocalModel(path=str(base), device="cpu", dtype="float16")
+    with pytest.raises(ConfigError, match=r"dtype='float16': .* bfloat16, float32, or lora"):
         local.load(config, trained=True)
     local.load(config.model_copy(update={"lora": LORA}), trained=True)
+    assert local._options(LocalModel(path="x", device="cpu"), whole=True)["dtype"] == torch.float32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for device, whole, wanted in [
-        ("cpu", True, torch.float32),
-        ("cpu", False, torch.float32),
-        ("auto", True, torch.float32),
-        ("auto", False, torch.bfloat16),
-    ]:
-        options = local._options(LocalModel(path="x", device=device), whole=whole)
-        assert options["dtype"] == wanted
+    assert local._options(LocalModel(path="x"), whole=True)["dtype"] == torch.bfloat16
+
+
+def test_steps_too_small_for_bfloat16_add_up() -> None:
+    """AdamW moves a weight by about lr; 1e-4 is below what bfloat16 can tell apart near 1."""
+    model = torch.nn.Linear(4, 4, bias=False).to(torch.bfloat16)
+    torch.nn.init.ones_(model.weight)
+    stage = TrainStage(name="s", iterations=1, lr=1e-4)
+    optimiser = Optimiser(cast(Any, model), stage)
+    for _ in range(200):
+        model.weight.grad = torch.ones_like(model.weight)
+        optimiser.step(0.0)
+    assert model.weight.dtype == torch.bfloat16
+    assert model.weight.grad is None
+    assert model.weight[0, 0].item() == pytest.approx(0.98, abs=4e-3)
+    again = Optimiser(cast(Any, model), stage)
+    again.load_state_dict(optimiser.state_dict())
+    for one in (optimiser, again):  # from the same masters and moments, not from the rounded copy
+        model.weight.grad = torch.ones_like(model.weight)
+        one.step(0.0)
+    assert torch.equal(optimiser.masters[0], again.masters[0])
 
 
 # -- whole recipes --------------------------------------------------------------------------------

@@ -213,10 +213,19 @@ def test_every_point_is_reached(reference: Reference) -> None:
     assert max(line["grad_norm"] for line in lines) > 0, "the rewards teach nothing"
 
 
+COUNTS = {
+    "checkpoint:pruning": (1, 2),
+    # In the middle of a stage, after its first checkpoint: once with data, once with a guide.
+    "iteration:after-generate": (7, 10),
+    "iteration:after-update": (8, 10),
+    **{name: (1, 12) for name in POINTS if name.startswith("commit:")},
+}
+
+
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_every_point(tmp_path: Path, reference: Reference, point: str) -> None:
     """Again and again in the same run, each time a little later."""
-    for count in (1, 2 if point == "checkpoint:pruning" else 3):
+    for count in COUNTS.get(point, (1, 3)):
         assert finish(recipe(tmp_path), f"{point}:{count}") == -signal.SIGKILL
     assert finish(recipe(tmp_path)) == 0
     assert_same(tmp_path / "micro", reference.traces)

@@ -4,8 +4,9 @@ Invariants
 ----------
 * Models are saved and loaded as ordinary transformers folders (model and tokenizer together; an
   adapter as an ordinary peft folder), so that nothing here is needed to use a result.
-* Weights that are trained are float32 (adapters too, whatever their base is stored in): AdamW moves
-  a weight by about ``lr``, and in bfloat16 one of 0.02 stays where it is if that is below 6e-5.
+* Adapters are float32, whatever their base is stored in; whole models in bfloat16 are trained by
+  way of float32 masters (:class:`agentdistill.optimise.Optimiser`). float16 would need its losses
+  scaled, so it is for models that only act or teach.
 * Weights are set completely or not at all: a folder of another model is refused, and changes
   nothing.
 """
@@ -97,9 +98,9 @@ def _options(config: LocalModel, *, whole: bool) -> dict[str, Any]:
 
     dtype = config.dtype
     if dtype == "auto":
-        dtype = "float32" if whole or device_of(config.device) == "cpu" else "bfloat16"
-    if whole and dtype != "float32":
-        remedy = "would round most updates of trained weights away; use float32, or lora"
+        dtype = "float32" if device_of(config.device) == "cpu" else "bfloat16"
+    if whole and dtype == "float16":
+        remedy = "overflows in training; use bfloat16, float32, or lora"
         raise ConfigError(remedy, key="dtype", value=dtype)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "revision": config.revision}
     if config.attention:
