@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from agentdistill import actions
 from agentdistill.config import LimitsConfig
@@ -77,11 +77,10 @@ class Request:
 
 
 class _Stop(Exception):
-    """Ends an episode from inside, with the name of the end."""
+    """Ends an episode from inside, with the name of the end and the fault that it was, if any."""
 
-    def __init__(self, end: str, message: str = "", turn: int = 0) -> None:
-        super().__init__(message)
-        self.end, self.turn = end, turn
+    def __init__(self, end: str, *faults: Fault) -> None:
+        self.end, self.faults = end, faults
 
 
 class Player:
@@ -109,16 +108,13 @@ class Player:
 
     async def play(self) -> Trajectory:
         """Play to the end."""
-        faults: list[Fault] = []
         try:
             await self._begin()
             await self._replay()
             while True:
                 await self._turn()
         except _Stop as stop:
-            end = stop.end
-            if end.startswith("fault:"):
-                faults.append(Fault(end.removeprefix("fault:"), str(stop), stop.turn))
+            end, faults = stop.end, stop.faults
         finally:
             if self._episode is not None:
                 self._policy.finish(self._episode)
@@ -199,7 +195,7 @@ class Player:
             raise _Stop("budget")
 
     def _fault(self, kind: str, message: str) -> _Stop:
-        return _Stop(f"fault:{kind}", message, self._turns)
+        return _Stop(f"fault:{kind}", Fault(kind, message, self._turns))
 
     async def _ask(self) -> Response:
         """The policy's response; one that does not come in time ends the episode."""
@@ -212,10 +208,9 @@ class Player:
             if clock.expired():
                 raise _Stop("budget") from error
             raise self._fault("timeout", str(error)) from error
-        except EngineError as error:
-            raise self._fault("engine", str(error)) from error
-        except EnvError as error:
-            raise self._fault("environment", str(error)) from error
+        except (EngineError, EnvError) as error:
+            kind = "engine" if isinstance(error, EngineError) else "environment"
+            raise self._fault(kind, str(error)) from error
 
     async def _execute(
         self, response: Response
@@ -278,7 +273,7 @@ class Player:
             self._last = turn.results[-1]
             self._now.observation = self._last.observation
 
-    def _record(self, end: str, faults: list[Fault]) -> Trajectory:
+    def _record(self, end: str, faults: tuple[Fault, ...]) -> Trajectory:
         request, episode = self._request, self._episode
         return Trajectory(
             request.task,
@@ -292,7 +287,7 @@ class Player:
             request.start,
             request.horizon,
             request.counter,
-            tuple(faults),
+            faults,
             request.provenance,
         )
 
@@ -377,25 +372,28 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
     Notebooks have a loop; there the work moves to a thread, and an interrupt cancels it.
     """
-    started: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = []
+    stop: list[Callable[[], object]] = []
     results: list[T] = []
 
     async def main() -> None:
-        started.append((asyncio.get_running_loop(), asyncio.current_task()))
+        cancel = cast("asyncio.Task[None]", asyncio.current_task()).cancel
+        stop.append(partial(asyncio.get_running_loop().call_soon_threadsafe, cancel))
         results.append(await coroutine)  # asyncio.run would format what it returns, at a cost
 
+    work = main()
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(main())
-        return results[0]
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(asyncio.run, main())
-        try:
-            future.result()
-        except BaseException:
-            for loop, task in started:
-                if task is not None and not future.done():
-                    loop.call_soon_threadsafe(task.cancel)
-            raise
+        if asyncio._get_running_loop() is None:
+            asyncio.run(work)
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                future = pool.submit(asyncio.run, work)
+                try:
+                    future.result()
+                except BaseException:
+                    for cancel in () if future.done() else stop:
+                        cancel()
+                    raise
+    finally:
+        for unfinished in (work, coroutine):
+            unfinished.close()  # or Python complains of what an interrupt kept from beginning
     return results[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +24,10 @@ from hypothesis import settings
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As in a job that a shell put into the background: nothing here could be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PACKAGES = ("alfworld", "appworld", "vllm")
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -442,6 +444,21 @@ def test_an_interrupt_ends_a_rollout() -> None:
     with pytest.raises(KeyboardInterrupt):
         play(policy, [request(number=1), request(group="bad")])
     policy.check()
+
+
+def test_an_interrupt_before_anything_began_says_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(work: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asyncio, "run", interrupted)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyboardInterrupt):
+            run(rollout(ExpertPolicy(), Traps, [request()]))
+        gc.collect()
+    assert said == []
 
 
 def test_a_synchronous_call_inside_a_running_loop() -> None:
