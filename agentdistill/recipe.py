@@ -96,15 +96,15 @@ def execute(
 
     Repeating the call after a crash or an interrupt goes on where it stopped.
     """
-    the_run = validate(config)
-    the_run.prepare()
-    jobs = _jobs(the_run, only)
-    if jobs and any(isinstance(stage, TrainStage) for stage in config.stages):
-        _prepare_torch(the_run)
-    runner = _in_processes if config.workers > 1 and len(jobs) > 1 else _one_by_one
-    runner(the_run, jobs, Callbacks(callbacks))
-    stages = {s.name: summary for s in config.stages if (summary := the_run.done(s.name))}
-    results = () if only else _results(the_run)
+    with validate(config) as the_run:
+        the_run.prepare()
+        jobs = _jobs(the_run, only)
+        if jobs and any(isinstance(stage, TrainStage) for stage in config.stages):
+            _prepare_torch(the_run)
+        runner = _in_processes if config.workers > 1 and len(jobs) > 1 else _one_by_one
+        runner(the_run, jobs, Callbacks(callbacks))
+        stages = {s.name: summary for s in config.stages if (summary := the_run.done(s.name))}
+        results = () if only else _results(the_run)
     return Outcome(the_run.path, stages, results)
 
 
@@ -230,7 +230,8 @@ class _Forward(Callback):
 
 
 def _child(config: RunConfig, job: Job) -> None:
-    _perform(Run(config), job, _Forward(_EVENTS.put))
+    with Run(config) as the_run:
+        _perform(the_run, job, _Forward(_EVENTS.put))
 
 
 _EVENTS: Any = None

@@ -225,7 +225,10 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something other than the agent went wrong: ``kind`` is environment, engine or timeout."""
+    """Something other than the agent went wrong.
+
+    ``kind`` is environment, engine, timeout or replay; ``turn`` is where it happened.
+    """
 
     kind: str
     message: str

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,13 +84,29 @@ class Loaded:
 
 
 class Run:
-    """Everything a stage needs, by name."""
+    """Everything a stage needs, by name. Use it as a context manager, or call :meth:`close`."""
 
     def __init__(self, config: RunConfig) -> None:
         """Nothing is written or loaded until it is asked for."""
         self.config, self.path = config, config.path
         self.pool: list[TextEnv] = []
         """Environments that wait for the next rollout."""
+
+    def close(self) -> None:
+        """Close every environment; whoever goes on gets new ones."""
+        while self.pool:
+            self.pool.pop().close()
+        env = self.__dict__.pop("env", None)
+        if env is not None:
+            env.close()
+
+    def __enter__(self) -> Run:
+        """Itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close."""
+        self.close()
 
     def prepare(self) -> None:
         """Make the folder and write the configuration; refuse a folder of another run.
@@ -202,14 +218,11 @@ class Run:
 
         folder = self.path / "tokenizers" / digest(config.tokenizer.model_dump())
         if not folder.exists():
-            texts = tiny.corpus(
-                self.make_env(),
-                self.config.prompt.grammar,
-                config.tokenizer.episodes,
-                self.config.seed,
-            )
             unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-            tiny.train_tokenizer(texts, config.tokenizer).save_pretrained(unfinished)
+            with closing(self.make_env()) as env:
+                grammar, episodes = self.config.prompt.grammar, config.tokenizer.episodes
+                texts = tiny.corpus(env, grammar, episodes, self.config.seed)
+                tiny.train_tokenizer(texts, config.tokenizer).save_pretrained(unfinished)
             try:
                 unfinished.rename(folder)  # complete or not there
             except OSError:

@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,14 @@ import torch
 
 from agentdistill import actions
 from agentdistill.actions import Parsed
-from agentdistill.config import PROMPTS, LimitsConfig, PromptConfig, TinyModel, TokenizerConfig
+from agentdistill.config import (
+    PROMPTS,
+    LimitsConfig,
+    PromptConfig,
+    TinyModel,
+    TokenizerConfig,
+    load,
+)
 from agentdistill.engines.base import Engine, Sample, Sampling, ScoreRequest
 from agentdistill.engines.hf import HFEngine
 from agentdistill.envs.base import Card, Moved
@@ -38,6 +46,7 @@ from agentdistill.policy import (
     Response,
     derive_seed,
 )
+from agentdistill.recipe import execute
 from agentdistill.records import Actor, Author, Start, Task, Trajectory, Usage, Verdict
 from agentdistill.render import Conversation, Renderer
 from agentdistill.rollout import Request, rollout, run
@@ -45,7 +54,7 @@ from agentdistill.students import tiny
 from agentdistill.table import build
 from agentdistill.views import rows_of
 from tests.store_worker import image
-from tests.toy import Corridor
+from tests.toy import Corridor, micro
 
 # -- environments and policies ---------------------------------------------------------------------
 
@@ -547,6 +556,17 @@ def test_order_is_that_of_the_requests() -> None:
     assert [len(t.turns) for t in ended] == sorted(len(t.turns) for t in found)
     assert {id(t) for t in ended} == {id(t) for t in found}
     assert play(ExpertPolicy(), []) == []
+
+
+def test_a_run_closes_its_environments(tmp_path: Path) -> None:
+    """Those of rollouts wait open for the next rollout until then."""
+    stages = [{"name": name, "do": "collect", "episodes": 5} for name in ("first", "second")]
+    evaluate = {"policies": ["expert", "random"], "tasks": 6}
+    env = {"id": "tests.test_rollout:Traps"}
+    execute(load(micro(tmp_path, env=env, models={}, stages=stages, evaluate=evaluate)))
+    assert len(Traps.made) > 1  # and the fixture checks that they are closed
+    played = [env for env in Traps.made if env.threads]
+    assert len(played) < 5 * 4, "environments are used again"
 
 
 # -- replay ----------------------------------------------------------------------------------------

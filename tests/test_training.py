@@ -7,6 +7,7 @@ metrics and evaluations, bit by bit; only clocks may differ.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import math
@@ -51,7 +52,8 @@ def recipe(output: Path, **changes: Any) -> dict[str, Any]:
          "axes": {"start": {"eta": 1}}, "iterations": 4, "tasks": 2, "updates": 2,
          "checkpoint_every": 2, "schedule": "cosine", "warmup": 0.3},
         {"name": "rewarded", "model": "teacher", "init": "taught", "method": "grpo",
-         "iterations": 4, "tasks": 2, "samples": 4, "lr": 1e-2, "checkpoint_every": 1},
+         "env_steps": 121, "tasks": 2, "samples": 4, "lr": 1e-2, "checkpoint_every": 1,
+         "schedule": "cosine"},
     ]  # fmt: skip
     values = {
         "models": {"teacher": TINY, "student": TINY},
@@ -277,6 +279,16 @@ def test_interrupted_and_repeated_in_the_same_process(tmp_path: Path, reference:
     execute(load(recipe(tmp_path)))
     assert_same(tmp_path / "micro", reference.traces)
     assert kept.tb is not None
+
+
+def test_inside_a_running_event_loop(tmp_path: Path, reference: Reference) -> None:
+    """As a notebook has one: rollouts move to threads of their own."""
+
+    async def cell() -> None:
+        execute(load(recipe(tmp_path)))
+
+    asyncio.run(cell())
+    assert_same(tmp_path / "micro", reference.traces)
 
 
 def test_killed_with_workers(tmp_path: Path, reference: Reference) -> None:
