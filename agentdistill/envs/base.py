@@ -30,9 +30,9 @@ from agentdistill.errors import ConfigError, EnvError
 from agentdistill.records import StepResult, Task
 
 ISOLATIONS = ("inline", "thread", "process", "server")
-"""Where an environment's work happens: in the caller's thread because it is quick, in a thread because
-it blocks, or in a process or server of its own that the environment itself starts and talks to (the
-rollout then waits for it in a thread)."""
+"""Where an environment's work happens: in the caller's thread because it is quick, in a thread
+because it blocks, or in a process or server of its own that the environment itself starts and talks
+to (the rollout then waits for it in a thread)."""
 
 
 class AnyText(gym.spaces.Space[str]):
