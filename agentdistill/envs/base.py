@@ -18,6 +18,7 @@ here, once.
 from __future__ import annotations
 
 import copy
+import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -79,6 +80,10 @@ class Card:
         isolation: one of :data:`ISOLATIONS`; how a rollout must run it.
         metrics: which of ``success``, ``score``, ``optimal`` mean something here.
         source: paper or repository.
+        slots: episodes that one machine should play at once (memory, processes); None: any number.
+        roles: the environment's own names of the parts called ``tune`` and ``report``, where they
+            are others.
+        notes: what else makes numbers comparable, a line each (wording of the data, rules).
     """
 
     id: str
@@ -90,10 +95,35 @@ class Card:
     isolation: str = "inline"
     metrics: tuple[str, ...] = ("success", "score")
     source: str = ""
+    slots: int | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def split(self, name: str) -> str:
+        """The environment's own name of the part called ``name``, which may be a role."""
+        return self.roles.get(name, name) if name not in self.splits else name
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """What of an environment is on this machine; found without starting anything.
+
+    Attributes:
+        package: the software underneath and its version, "" where it is missing.
+        data: what data there is, in a few words.
+        missing: what is not there and how to get it, a line each.
+        needs: what must be there before the environment runs at all; a line each, and empty where
+            it does run.
+    """
+
+    package: str
+    data: str
+    missing: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +201,35 @@ class TextEnv(gym.Env[str, str]):
 
     # -- what a subclass may know ---------------------------------------------------------------
 
+    @classmethod
+    def availability(cls) -> Availability:
+        """What is installed and what data is there."""
+        return Availability("built in", "needs none")
+
+    @property
+    def goal(self) -> str:
+        """What is to be done in the current task, for prompts that forget the first observation.
+
+        "" where every observation says it, or the instruction does.
+        """
+        return ""
+
     @property
     def tools(self) -> list[dict[str, Any]]:
         """JSON schemas of the actions as tools (OpenAI's function format)."""
         return []
+
+    def tool_action(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """The action that a native tool call asks for; never raises for a bad call.
+
+        By default the value of the only argument, as text; a call of an unknown tool, or one with
+        other arguments, becomes an action that is invalid here.
+        """
+        known = any(tool["function"]["name"] == name for tool in self.tools)
+        values = [value for value in arguments.values() if isinstance(value, str)]
+        if known and len(arguments) == len(values) == 1:
+            return values[0]
+        return f"{name}({json.dumps(dict(arguments), default=str)})"
 
     def admissible(self) -> list[str] | None:
         """Actions that would be valid now; None where the environment cannot list them."""
