@@ -57,6 +57,7 @@ def collect(the_run: Run, stage: CollectStage, callback: Callback) -> dict[str, 
                     concurrency=config.concurrency,
                     max_turns=config.env.max_turns,
                     limits=config.limits,
+                    admissible=config.prompt.lists_admissible,
                     pool=the_run.pool,
                 )
             )

@@ -136,16 +136,20 @@ def _sound(result: Result | None) -> Result | None:
 
 def notes(table: Sequence[Row], results: Sequence[Result], config: RunConfig) -> list[str]:
     """What a reader of the table has to know."""
-    panels = ", ".join(sorted({result.panel[:12] for result in results}))
-    section = config.evaluate
+    said = [result.setting.get("panel", {}) for result in results]
+    named = zip(said, results, strict=True)
+    panels = ", ".join(sorted({f"{p.get('name', '')} {r.panel[:12]}".strip() for p, r in named}))
+    split = said[0].get("split", config.evaluate.split)
     found = [
-        f"{section.tasks} tasks of split {section.split} of {config.env.id} (panel {panels}). "
+        f"{len(results[0].keys)} tasks of split {split} of {config.env.id} (panel {panels}). "
         "success: sampled episodes with their 95% Wilson interval; greedy: the likeliest token; "
         "optimal, turns and invalid as sampled, where sampled."
     ]
     faults = sum(row.faults for row in table)
     if faults:
         found.append(f"{faults} episodes were lost to faults and are in no rate.")
+    if apart := {line for panel in said for line in panel.get("deviations", ())}:
+        found.append(f"Not as the panel says: {'; '.join(sorted(apart))}.")
     return found
 
 

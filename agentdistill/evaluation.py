@@ -13,11 +13,11 @@ from typing import Any
 
 from agentdistill.config import EvaluateConfig, SamplingConfig
 from agentdistill.metrics import Interval, of_trajectories, wilson
-from agentdistill.policy import Policy, derive_seed
+from agentdistill.panel import Panel, deviations, of_config
+from agentdistill.policy import Policy
 from agentdistill.records import Task, Trajectory, digest
-from agentdistill.rollout import Request, rollout, run
+from agentdistill.rollout import rollout, run
 from agentdistill.run import Loaded, Run
-from agentdistill.tasks import panel
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,10 @@ class Result:
         keys: the task keys, in order.
         outcomes: success of each episode, in order (task by task, sample by sample); None where
             a fault lost it, so that two results over one panel can be compared pair by pair.
-        setting: what else the numbers depend on: the environment (id, version, data) and its
-            options, turns, prompt, limits, sampling (None for policies that have none).
+        setting: what else the numbers depend on: the panel (its name, "" for one that is drawn;
+            its split, seed, and in what a model deviates from it), the environment (id, version,
+            data) and its options, turns, prompt, limits, sampling (None for policies that have
+            none).
     """
 
     policy: str
@@ -74,24 +76,32 @@ def evaluate(the_run: Run, name: str, mode: str, config: EvaluateConfig | None =
     return play(the_run, the_run.policy(name, _sampling(the_run, mode)), mode, config)
 
 
-def play(the_run: Run, player: Policy | Loaded, mode: str, config: EvaluateConfig) -> Result:
-    """Let a policy, or a model that is at hand, play the panel in ``mode``."""
+def play(
+    the_run: Run,
+    player: Policy | Loaded,
+    mode: str,
+    config: EvaluateConfig,
+    panel: Panel | None = None,
+) -> Result:
+    """Let a policy, or a model that is at hand, play ``panel``, or that of ``config``."""
+    if panel is None:
+        panel = of_config(the_run.config, config, the_run.env)
     if isinstance(player, Loaded):
         player = the_run.acting(player, _sampling(the_run, mode))
-    tasks = panel(the_run.env, config.split, config.tasks, config.seed)
     samples = config.samples if mode == "sampled" else 1
     trajectories = run(
         rollout(
             player,
             the_run.make_env,
-            _requests(tasks, samples, config.seed),
+            panel.requests(samples),
             concurrency=config.concurrency,
             max_turns=the_run.config.env.max_turns,
             limits=the_run.config.limits,
             pool=the_run.pool,
         )
     )
-    return summarise(player.name, mode, tasks, trajectories, _setting(the_run, mode))
+    setting = _setting(the_run, mode, panel)
+    return summarise(player.name, mode, panel.listed(), trajectories, setting)
 
 
 def _sampling(the_run: Run, mode: str) -> SamplingConfig:
@@ -99,22 +109,18 @@ def _sampling(the_run: Run, mode: str) -> SamplingConfig:
     return base.model_copy(update={"temperature": 0.0}) if mode == "greedy" else base
 
 
-def _setting(the_run: Run, mode: str) -> dict[str, Any]:
+def _setting(the_run: Run, mode: str, panel: Panel) -> dict[str, Any]:
     config, card = the_run.config, the_run.env.card
+    named: dict[str, Any] = {"name": panel.name, "split": panel.split, "seed": panel.seed}
+    if panel.name and mode != "-":
+        named["deviations"] = deviations(panel, config, mode)
     return {
+        "panel": named,
         "env": {"id": card.id, "version": card.version, "data": card.data},
         **config.model_dump(mode="json", include={"prompt", "limits"}),
         **config.env.model_dump(mode="json", include={"options", "max_turns"}),
         "sampling": None if mode == "-" else _sampling(the_run, mode).model_dump(mode="json"),
     }
-
-
-def _requests(tasks: Sequence[Task], samples: int, seed: int) -> list[Request]:
-    return [
-        Request(task, derive_seed(seed, "evaluate", task.key, sample), task.key, sample)
-        for task in tasks
-        for sample in range(samples)
-    ]
 
 
 def summarise(

@@ -43,12 +43,14 @@ PROVENANCE = {
     "policy": "string",
     "derived_from": "string",
     "n_turns": "int64",
+    "goal": "string",
 }
 """Columns that say where a row comes from, with their Arrow types.
 
 ``id`` is the trajectory's, which ``derived_from`` of another row may name; ``task_id`` is the key
 of the task, ``attempt`` the number of the sample within its group; ``reward_valid`` is false where
-a curriculum's window or a fault ended the episode, which is no failure of the agent.
+a curriculum's window or a fault ended the episode, which is no failure of the agent; ``goal`` is
+the task in words, where the environment gave it.
 """
 
 TOKENS = {"ids": "int32", "authors": "uint8", "kinds": "uint8", "logps": "float32"}
@@ -115,15 +117,19 @@ def row(trajectory: Trajectory, *, tokens: bool = True) -> dict[str, Json]:
 def messages(trajectory: Trajectory) -> list[dict[str, str]]:
     """The episode as chat messages.
 
-    The instruction, if provenance has it, is the system message; observations are the user's. A
-    response without text (native tool calls, some experts) is written as its actions, one a line.
-    What the environment showed after the last response is left out.
+    The instruction, if provenance has it, is the system message; observations are the user's, as
+    the environment gave them (the prompt's own words around them are not recorded). A response
+    without text is written as its actions, one a line; one with native tool calls as its text and
+    then its actions. What the environment showed after the last response is left out.
     """
     instruction = trajectory.provenance.get("instruction")
     found = [_message("system", instruction)] if instruction else []
     for turn in trajectory.turns:
         found.append(_message("user", turn.observation))
-        found.append(_message("assistant", turn.text or "\n".join(turn.actions)))
+        said = [turn.text] if turn.text else []
+        if turn.tool_calls or not said:
+            said += turn.actions
+        found.append(_message("assistant", "\n".join(said)))
     return found
 
 
@@ -158,6 +164,7 @@ def _facts(trajectory: Trajectory) -> dict[str, Json]:
         "policy": _text(provenance.get("policy", _actor(trajectory.acted))),
         "derived_from": _text(trajectory.derived_from),
         "n_turns": len(trajectory.turns),
+        "goal": _text(trajectory.goal),
     }
 
 

@@ -33,6 +33,7 @@ from agentdistill.methods.constraints import check
 from agentdistill.methods.index import get
 from agentdistill.metrics import of_table, of_trajectories
 from agentdistill.optimise import Head, Optimiser, backward
+from agentdistill.panel import for_tuning
 from agentdistill.policy import derive_seed
 from agentdistill.records import Start, Task, Trajectory
 from agentdistill.render import materialise
@@ -200,13 +201,37 @@ class Training:
     def _generate(self, n: int) -> tuple[list[Trajectory], list[ShardRef]]:
         if self.axes.actor == "data":
             return self._draw(n), []
-        requests = self._requests(n)
-        found = self.store.shard(self.stage.name, n)
-        if found is not None:  # written before a crash: the same rollouts need no second play
-            return [self._readable(t) for t in self.store.read(found)], [found]
-        trajectories = self._play(requests)
-        shard = self.store.write(self.stage.name, n, trajectories)
+        shard = self.store.shard(self.stage.name, n)
+        if shard is not None:  # written before a crash: the same rollouts need no second play
+            trajectories = list(self.store.read(shard))
+            self.tasks.take(len(trajectories) // self.stage.samples)
+        else:
+            trajectories = self._collect(n)
+            shard = self.store.write(self.stage.name, n, trajectories)
         return [self._readable(t) for t in trajectories], [shard]
+
+    def _collect(self, n: int) -> list[Trajectory]:
+        """The episodes of iteration n: of so many tasks, or until so many turns were acted."""
+        if self.stage.turns is None:
+            return self._checked(self._play(self._requests(n, self.stage.tasks)))
+        each = self.stage.samples * self._longest(n)
+        played: list[Trajectory] = []
+        left = self.stage.turns
+        while left > 0:  # never more tasks at once than must fit
+            wave = self._play(self._requests(n, max(1, left // each), len(played)))
+            played += wave
+            acted = sum(len(t.acted) for t in wave)
+            left -= acted
+            if not acted:
+                break
+        return self._checked(played)
+
+    def _longest(self, n: int) -> int:
+        """Turns that an episode of iteration n can have at most."""
+        most = self.context.max_turns
+        lengths = {len(guide.turns) for guide in self.guide.values()}
+        known = {min(lengths), max(lengths)} if lengths else {None}
+        return max(self.curriculum.plan(n, length, most).horizon or most for length in known)
 
     def _draw(self, n: int) -> list[Trajectory]:
         """The n-th batch of the recorded episodes: pass after pass, each in its own order."""
@@ -217,16 +242,18 @@ class Training:
             chosen.append(self.data[_order(self.seed, number, len(self.data))[index]])
         return chosen
 
-    def _requests(self, n: int) -> list[Request]:
+    def _requests(self, n: int, tasks: int, before: int = 0) -> list[Request]:
+        """Episodes of the next ``tasks`` tasks, after ``before`` others of this iteration."""
         requests: list[Request] = []
-        for task in self.tasks.take(self.stage.tasks):
+        for task in self.tasks.take(tasks):
             start, expected, horizon = self._start(task, n)
             for sample in range(self.stage.samples):
+                place = before + len(requests)
                 requests.append(
                     Request(
                         task,
-                        derive_seed(self.seed, n, task.key, sample, len(requests)),
-                        group=f"{self.stage.name}/{n}/{len(requests) // self.stage.samples}",
+                        derive_seed(self.seed, n, task.key, sample, place),
+                        group=f"{self.stage.name}/{n}/{place // self.stage.samples}",
                         sample=sample,
                         start=start,
                         expected=expected,
@@ -265,7 +292,7 @@ class Training:
     def _play(self, requests: Sequence[Request]) -> list[Trajectory]:
         actor = self.teacher if self.axes.actor == "teacher" and self.teacher else self.student
         config = self.context.config
-        trajectories = run(
+        return run(
             rollout(
                 self.context.acting(actor, self.stage.sampling),
                 self.context.make_env,
@@ -277,6 +304,9 @@ class Training:
                 grammar=config.prompt.grammar,
             )
         )
+
+    def _checked(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """``trajectories``, unless too many of them ended in a fault."""
         faulty = [t for t in trajectories if t.faults]
         if len(faulty) > self.stage.max_fault_rate * len(trajectories):
             first = faulty[0].faults[0]
@@ -341,10 +371,11 @@ class Training:
         every = self.stage.evaluate_every
         if not every or self.iteration % every:
             return {}
-        config = self.context.config.evaluate.model_copy(update={"split": "tune"})
+        config = self.context.config.evaluate
+        panel = for_tuning(self.context.config, self.context.env)
         found: dict[str, Any] = {}
         for mode in config.modes:
-            result = play(self.context, self.student, mode, config)
+            result = play(self.context, self.student, mode, config, panel)
             for name in ("success", "optimal", "invalid"):
                 found[f"tune/{mode}/{name}"] = getattr(result, name)
         return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
@@ -18,7 +18,17 @@ from agentdistill.actions import Parsed
 from agentdistill.engines.base import Engine, Sample, Sampling
 from agentdistill.envs.base import TextEnv
 from agentdistill.errors import AgentDistillError, EnvError
-from agentdistill.records import Actor, Alternative, Author, Task, Turn, Usage, Verdict, digest
+from agentdistill.records import (
+    Actor,
+    Alternative,
+    Author,
+    Json,
+    Task,
+    Turn,
+    Usage,
+    Verdict,
+    digest,
+)
 from agentdistill.render import Conversation, Renderer, Reply
 
 T = TypeVar("T")
@@ -39,6 +49,9 @@ class Episode:
         env: the environment (experts and admissible actions look at it; nobody steps it).
         observation: what to respond to.
         seed: of this episode; each turn derives its own.
+        goal: the task in words; "" where the environment has none.
+        admissible: actions that the environment lists now; empty unless somebody asked for them
+            (``Policy.wants_admissible``).
         turns: finished turns, replayed ones included.
         replies: the tokens of each finished turn, None where it is only text.
     """
@@ -48,6 +61,8 @@ class Episode:
     env: TextEnv
     observation: str
     seed: int
+    goal: str = ""
+    admissible: tuple[str, ...] = ()
     turns: list[Turn] = field(default_factory=list)
     replies: list[Reply | None] = field(default_factory=list)
 
@@ -70,6 +85,7 @@ class Response:
         prompt: ids of the prompt that was asked, and their authors.
         alternatives: what was drawn and not used.
         usage: tokens spent, alternatives included.
+        tool_calls: native tool calls; where there are some, they and not the text say what to do.
     """
 
     text: str
@@ -80,12 +96,15 @@ class Response:
     prompt: tuple[Sequence[int], Sequence[int]] = ((), ())
     alternatives: tuple[Alternative, ...] = ()
     usage: Usage = Usage()
+    tool_calls: tuple[Mapping[str, Json], ...] = ()
 
 
 class Policy(ABC):
     """Acts in episodes."""
 
     name: str
+    wants_admissible: bool = False
+    """Whether it reads ``Episode.admissible``."""
 
     @abstractmethod
     async def act(self, episode: Episode) -> Response:
@@ -96,7 +115,11 @@ class Policy(ABC):
 
 
 class ScriptedPolicy(Policy):
-    """A policy that picks one environment action; base of expert and random."""
+    """A policy that picks one environment action; base of expert and random.
+
+    It asks the environment, which may be slow: whoever plays calls :meth:`respond` where that
+    environment runs.
+    """
 
     def __init__(self, name: str, grammar: str = "plain") -> None:
         """Write actions in the format of ``grammar``."""
@@ -107,6 +130,10 @@ class ScriptedPolicy(Policy):
         """The action, or "" when there is none."""
 
     async def act(self, episode: Episode) -> Response:
+        """The chosen action as a response."""
+        return self.respond(episode)
+
+    def respond(self, episode: Episode) -> Response:
         """The chosen action as a response."""
         action = self.choose(episode)
         if not action:
@@ -146,8 +173,9 @@ class RandomPolicy(ScriptedPolicy):
 
     def choose(self, episode: Episode) -> str:
         """One of the admissible actions."""
-        choices = _answer(episode.env.admissible) or list(episode.env.action_space.examples)  # type: ignore[attr-defined]
-        return str(random.Random(episode.turn_seed).choice(choices))
+        choices = list(episode.admissible) or _answer(lambda: episode.env.admissible() or [])
+        examples = episode.env.action_space.examples  # type: ignore[attr-defined]
+        return str(random.Random(episode.turn_seed).choice(choices or list(examples)))
 
 
 class ModelPolicy(Policy):
@@ -156,14 +184,18 @@ class ModelPolicy(Policy):
     def __init__(self, name: str, engine: Engine, renderer: Renderer, sampling: Sampling) -> None:
         """``name`` is what trajectories call this actor."""
         self.name, self.engine, self.renderer, self.sampling = name, engine, renderer, sampling
+        self.wants_admissible = renderer.prompt.lists_admissible
         self._sampled_as = asdict(sampling)
         self._conversations: dict[str, Conversation] = {}
 
     async def act(self, episode: Episode) -> Response:
         """Ask the engine with everything that happened so far."""
-        conversation = self._conversations.setdefault(episode.id, Conversation(self.renderer))
+        conversation = self._conversations.get(episode.id)
+        if conversation is None:
+            conversation = Conversation(self.renderer, episode.goal)
+            self._conversations[episode.id] = conversation
         self._catch_up(conversation, episode)
-        ids, authors = conversation.ask(episode.observation)
+        ids, authors = conversation.ask(episode.observation, episode.admissible)
         sample = await self.engine.generate(
             ids, self.sampling, seed=episode.turn_seed, session=f"{self.name}/{episode.id}"
         )
@@ -176,6 +208,7 @@ class ModelPolicy(Policy):
             self.renderer.kinds(sample.ids, parsed),
             (ids, authors),
             usage=sample.usage,
+            tool_calls=sample.tool_calls,
         )
 
     def _catch_up(self, conversation: Conversation, episode: Episode) -> None:
@@ -184,8 +217,10 @@ class ModelPolicy(Policy):
             turn, reply = episode.turns[number], episode.replies[number]
             if reply is None or turn.actor.name != self.name:
                 author = turn.author if turn.author is Author.REPLAY else Author.CONTEXT
-                reply = self.renderer.written(turn.text, author)
-            conversation.add(turn.observation, reply)
+                reply = self.renderer.told(turn, author)
+            conversation.add(
+                turn.observation, reply, chosen=turn.actions, admissible=turn.admissible
+            )
 
     def finish(self, episode: Episode) -> None:
         """Forget the episode and free its cache."""

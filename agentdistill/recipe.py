@@ -27,8 +27,8 @@ from agentdistill.files import write_text
 from agentdistill.methods.constraints import check
 from agentdistill.methods.index import get
 from agentdistill.metrics import Interval
+from agentdistill.panel import for_tuning, of_config
 from agentdistill.run import Run, need_torch
-from agentdistill.tasks import panel
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +61,23 @@ def validate(config: RunConfig) -> Run:
         ConfigError, MissingExtraError: with the key, the value and the remedy.
     """
     the_run = Run(config)
-    known = the_run.env.card.splits
+    card, known = the_run.env.card, the_run.env.card.splits
     for stage in config.stages:
-        if stage.split not in known:
+        if card.split(stage.split) not in known:
             _unknown_split(f"stages.{stage.name}.split", stage.split, known)
         if isinstance(stage, TrainStage):
             check(config, stage, get(stage.method).resolve(stage.axes))
             need_torch("training")
             if stage.evaluate_every:
-                if "tune" not in known:
+                if card.split("tune") not in known:
                     remedy = f"needs a split tune; this environment has {', '.join(known)}"
                     key = f"stages.{stage.name}.evaluate_every"
                     raise ConfigError(remedy, key=key, value=stage.evaluate_every)
-                panel(the_run.env, "tune", config.evaluate.tasks, config.evaluate.seed)
+                for_tuning(config, the_run.env)
     if config.evaluate.policies:
-        if config.evaluate.split not in known:
+        if config.evaluate.panel is None and card.split(config.evaluate.split) not in known:
             _unknown_split("evaluate.split", config.evaluate.split, known)
-        panel(the_run.env, config.evaluate.split, config.evaluate.tasks, config.evaluate.seed)
+        of_config(config, config.evaluate, the_run.env)
         if any(policy not in ("expert", "random") for policy in config.evaluate.policies):
             need_torch("evaluating a model")
     return the_run

@@ -176,6 +176,8 @@ class Turn:
         reward: sum over ``results``.
         span: the response's tokens, or None for text-only turns.
         alternatives: samples drawn and not executed.
+        admissible: actions that the environment listed; empty where the prompt shows no list.
+        cut: actions beyond the prompt's limit, asked for and not executed.
     """
 
     index: int
@@ -193,6 +195,8 @@ class Turn:
     usage: Usage = Usage()
     span: Span | None = None
     alternatives: tuple[Alternative, ...] = ()
+    admissible: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -225,10 +229,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something other than the agent went wrong.
-
-    ``kind`` is environment, engine, timeout or replay; ``turn`` is where it happened.
-    """
+    """What went wrong outside the agent (environment, engine, timeout, replay), in which turn."""
 
     kind: str
     message: str
@@ -268,6 +269,7 @@ class Trajectory:
         faults: what went wrong outside the agent.
         provenance: run, iteration, policy, environment card, prompt, tokenizer, seed.
         derived_from: id of the trajectory this one is an edit of.
+        goal: the task in words, as the environment said it after the reset.
     """
 
     task: Task
@@ -284,6 +286,7 @@ class Trajectory:
     faults: tuple[Fault, ...] = ()
     provenance: Mapping[str, Json] = field(default_factory=dict)
     derived_from: str | None = None
+    goal: str = ""
 
     @property
     def id(self) -> str:

@@ -5,11 +5,12 @@ Invariants
 * Token in, token out: a prompt is joined from *context pieces* (text, tokenised once) and from the
   ids that were sampled. Sampled ids are never decoded and encoded again.
 * Earlier reasoning is dropped by deleting its tokens, never by editing text.
-* Special tokens come from the template, the instruction and the sampler alone. What an environment
-  or an answer *says* is text, also where it spells the name of one: nobody ends a turn by printing.
+* Special tokens come from the chat template, the system message and the sampler alone. What a user
+  message or an answer *says* is text, also where it spells the name of one: nobody ends a turn by
+  printing.
 * A response that ended by length gets the end-of-turn id inserted, as context.
-* The template's frames (what stands before, between and after messages) are read off the
-  tokenizer's own chat template by probing it with sentinels, once.
+* What stands before, between and after messages is read off the tokenizer's own chat template, once
+  (:mod:`~agentdistill.frames`).
 
 No torch here; the tokenizer is any ``transformers`` tokenizer with a chat template.
 """
@@ -17,144 +18,16 @@ No torch here; the tokenizer is any ``transformers`` tokenizer with a chat templ
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
 
 from agentdistill import actions
 from agentdistill.actions import Parsed
 from agentdistill.config import PromptConfig
-from agentdistill.errors import ConfigError
+from agentdistill.frames import Frames, Tokenizer
 from agentdistill.records import Author, Kind, StreamBuilder, Trajectory, Turn, digest
-
-
-class Tokenizer(Protocol):
-    """The part of a ``transformers`` tokenizer that rendering needs."""
-
-    eos_token: str
-    eos_token_id: int
-
-    @property
-    def added_tokens_decoder(self) -> Mapping[int, Any]:
-        """Tokens that are cut out of a text before it is split: id → its name and ``special``."""
-
-    def encode(
-        self, text: str, *, add_special_tokens: bool, split_special_tokens: bool = False
-    ) -> list[int]:
-        """Ids of ``text``; names of special tokens are text if ``split_special_tokens``."""
-
-    def decode(
-        self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
-    ) -> str:
-        """Text of ``ids``."""
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """The conversation as text."""
-
-
-@dataclass(frozen=True, slots=True)
-class Frames:
-    """The fixed texts of a chat template around the messages.
-
-    A conversation reads: ``head`` observation ``reply`` response ``between`` observation ``reply``
-    response …; with a system message ``system`` instruction ``after_system`` replaces ``head``.
-
-    Attributes:
-        system: before the instruction, or None where the template has no system role.
-        after_system: between the instruction and the first observation.
-        head: before the first observation without an instruction.
-        reply: between an observation and the response to it.
-        between: between a response (its end-of-turn token included) and the next observation.
-        notes: in what the joined conversation differs from the template's own rendering.
-    """
-
-    system: str | None
-    after_system: str
-    head: str
-    reply: str
-    between: str
-    notes: tuple[str, ...] = ()
-
-    @classmethod
-    def probe(cls, tokenizer: Tokenizer) -> Frames:
-        """Read the frames off ``tokenizer``'s chat template.
-
-        Raises:
-            ConfigError: there is no chat template, it refuses a conversation, or it has no
-                end-of-turn token after a response.
-        """
-        end = tokenizer.eos_token
-        if not end:
-            raise ConfigError(_NO_END, key="eos_token", value=end)
-
-        def render(*contents: str, system: str | None = None) -> str:
-            roles = ("user", "assistant")
-            messages = [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
-            if system is not None:
-                messages.insert(0, {"role": "system", "content": system})
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-            return str(text)
-
-        first, second, said, rules = "Q1marker", "Q2marker", "R1marker", "S0marker"
-        try:
-            head, reply = _cut(render(first), first)
-            _, rest = _cut(render(first, said, second), said)
-            between, _ = _cut(rest, second)
-        except Exception as error:  # templates raise whatever they like
-            line = " ".join(str(error).split())
-            raise ConfigError(f"the tokenizer has no usable chat template ({line})") from error
-        if not between.startswith(end):
-            raise ConfigError(_NO_END, key="eos_token", value=end)
-        between = between[len(end) :]
-        system, after = _probe_system(render, rules, first, head)
-        frames = cls(system, after, head, reply, between)
-        joined = frames._join(end, first, said, second)
-        note = "earlier turns are rendered differently by the template itself"
-        return (
-            frames
-            if joined == render(first, said, second)
-            else dataclasses.replace(frames, notes=(note,))
-        )
-
-    def _join(self, end: str, first: str, said: str, second: str) -> str:
-        return self.head + first + self.reply + said + end + self.between + second + self.reply
-
-    def opening(self, instruction: str) -> str:
-        """Everything before the first observation."""
-        if not instruction:
-            return self.head
-        if self.system is None:
-            return f"{self.head}{instruction}\n\n"
-        return self.system + instruction + self.after_system
-
-
-_NO_END = (
-    "the chat template puts no end-of-turn token after a response; set the tokenizer's "
-    "eos_token to the one the template writes"
-)
-
-
-def _valid(text: str) -> str:
-    """``text`` with ``?`` for lone surrogates, which no tokenizer takes."""
-    return text.encode(errors="replace").decode()
-
-
-def _cut(text: str, marker: str) -> tuple[str, str]:
-    before, found, after = text.partition(marker)
-    if not found:
-        raise ValueError("it drops a message")
-    return before, after
-
-
-def _probe_system(render: Any, rules: str, first: str, head: str) -> tuple[str | None, str]:
-    try:
-        system, rest = _cut(render(first, system=rules), rules)
-    except Exception:  # templates raise whatever they like to refuse a role
-        return None, head
-    return system, _cut(rest, first)[0]
+from agentdistill.wording import Wording
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +37,11 @@ class Reply:
     ids: tuple[int, ...]
     kinds: tuple[int, ...]
     author: Author
+
+
+def _valid(text: str) -> str:
+    """``text`` with ``?`` for lone surrogates, which no tokenizer takes."""
+    return text.encode(errors="replace").decode()
 
 
 class Renderer:
@@ -179,8 +57,10 @@ class Renderer:
         """
         self.tokenizer, self.prompt = tokenizer, prompt
         self.frames = Frames.probe(tokenizer)
-        self.grammar = actions.grammar(prompt.grammar)
-        self.instruction = instruction if prompt.instruction == "env" else prompt.instruction
+        opened, most = bool(self.frames.opened), prompt.max_actions
+        self.grammar = actions.grammar(prompt.grammar, opened=opened, most=most)
+        self.wording = Wording(prompt, instruction)
+        self.instruction = self.wording.system
         self.end = int(tokenizer.eos_token_id)
         added = tokenizer.added_tokens_decoder
         self._special = {self.end, *(i for i, token in added.items() if token.special)}
@@ -200,13 +80,13 @@ class Renderer:
         options = {"add_special_tokens": False, "split_special_tokens": True}
         return tuple(self.tokenizer.encode(_valid(text), **options))
 
-    def _frame(self, lead: str, text: str) -> tuple[int, ...]:
+    def _frame(self, lead: str, text: str, reply: str) -> tuple[int, ...]:
         """Ids of ``lead``, ``text`` and the reply frame, in one go as the template's would be.
 
         Unless ``text`` brings special tokens of its own: then it is encoded apart, without them.
         """
-        ids = self._encode(lead + text + self.frames.reply)
-        before, after = self.encode(lead), self.encode(self.frames.reply)
+        ids = self._encode(lead + text + reply)
+        before, after = self.encode(lead), self.encode(reply)
         if self._marks(ids) == self._marks(before) + self._marks(after):
             return ids
         return before + self.plain(text) + after
@@ -216,26 +96,54 @@ class Renderer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of how text becomes tokens: preset, instruction, frames, vocabulary."""
+        """Identity of how text becomes tokens: wording, frames, vocabulary."""
         vocabulary: dict[str, int] = getattr(self.tokenizer, "get_vocab", dict)()
         return digest(
             [
-                self.prompt.model_dump(),
-                self.instruction,
+                self.wording.identity,
                 dataclasses.astuple(self.frames),
                 sorted(vocabulary.items()),
             ]
         )
 
-    def context(self, observation: str, *, first: bool) -> tuple[int, ...]:
-        """Ids between the previous response (or nothing) and the response to ``observation``."""
-        shown = self.prompt.observation.replace("{observation}", observation)
-        return self._framed(self._opening if first else self.frames.between, shown)
+    def alone(self, message: str) -> tuple[int, ...]:
+        """Ids of a prompt whose only user message is ``message``."""
+        return self._frame(self._opening, message, self.frames.reply)
+
+    def context(self, message: str, *, first: bool, past: bool = False) -> tuple[int, ...]:
+        """Ids between the previous response (or nothing) and the response to ``message``.
+
+        ``past``: what follows is an earlier response. If its thought is to be dropped, none may be
+        open.
+        """
+        reply = self.frames.reply
+        if past and self.prompt.drop_reasoning:
+            reply = reply.removesuffix(self.frames.opened)
+        return self._framed(self._opening if first else self.frames.between, message, reply)
 
     def written(self, text: str, author: Author = Author.ACTOR, *, ended: bool = True) -> Reply:
         """A response that exists only as text, as tokens, with its end of turn if it ``ended``."""
+        text = self._continued(text, ended)
         ids = (*self.plain(text), self.end) if ended else self.plain(text)
         return Reply(ids, self.kinds(ids, self.grammar(text)), author)
+
+    def told(self, turn: Turn, author: Author) -> Reply:
+        """What a turn said, as tokens."""
+        return self.written(self.wording.answer(turn), author, ended=turn.stop != "length")
+
+    def _continued(self, text: str, ended: bool) -> str:
+        """``text`` as it goes on from this template's prompt, which may have opened a thought."""
+        close, begin = text.find(actions.THOUGHT), text.find(actions.THINK)
+        headless = close >= 0 and not 0 <= begin < close
+        opened = self.frames.opened
+        if not opened:
+            return actions.THINK + text if headless else text
+        if close < 0:
+            return f"\n{actions.THOUGHT}\n\n{text}" if ended else text
+        if headless:
+            return text
+        body = text[begin + len(actions.THINK) :]
+        return text[:begin] + body.removeprefix(opened.removeprefix(actions.THINK))
 
     def kinds(self, ids: Sequence[int], parsed: Parsed) -> tuple[int, ...]:
         """:class:`Kind` of every response token, from the character spans of its parse."""
@@ -275,10 +183,11 @@ class Renderer:
 class Conversation:
     """One episode as one model reads it; grows by observations and replies."""
 
-    def __init__(self, renderer: Renderer) -> None:
-        """Start empty."""
-        self._renderer = renderer
-        self._observations: list[str] = []
+    def __init__(self, renderer: Renderer, goal: str = "") -> None:
+        """Start empty; ``goal`` is the task in words."""
+        self._renderer, self._wording, self._goal = renderer, renderer.wording, goal
+        self._shown: list[str] = []
+        """Each earlier turn as a later prompt writes it."""
         self._replies: list[Reply] = []
         # With the whole history a prompt begins with all that was joined before: kept, not redone.
         self._ids: list[int] = []
@@ -289,30 +198,51 @@ class Conversation:
         """Number of turns with a reply."""
         return len(self._replies)
 
-    def add(self, observation: str, reply: Reply) -> None:
-        """Append one finished turn."""
-        self._observations.append(observation)
+    def add(
+        self,
+        observation: str,
+        reply: Reply,
+        *,
+        chosen: Sequence[str] = (),
+        admissible: Sequence[str] = (),
+    ) -> None:
+        """Append one finished turn: what was shown, what was answered, the actions in it."""
+        if self._renderer.prompt.history is None:
+            shown = self._message(observation, admissible)
+        else:
+            shown = self._wording.entry(observation, chosen, step=len(self) + 1)
+        self._shown.append(shown)
         self._replies.append(reply)
 
-    def ask(self, observation: str) -> tuple[list[int], list[int]]:
+    def ask(self, observation: str, admissible: Sequence[str] = ()) -> tuple[list[int], list[int]]:
         """The prompt for ``observation``: ids and authors, of equal length."""
-        window = self._renderer.prompt.window
-        first = 0
-        if window is not None:
-            first = max(0, len(self) - window)
+        prompt, first = self._renderer.prompt, self._wording.first(len(self))
+        if prompt.history is not None:
+            history = "".join(self._shown[first:])
+            whole = self._renderer.alone(self._message(observation, admissible, history))
+            return list(whole), [int(Author.CONTEXT)] * len(whole)
+        if prompt.window is not None:
             self._ids, self._authors, self._joined = [], [], first
         for index in range(self._joined, len(self)):
-            self._context(self._ids, self._authors, self._observations[index], first=index == first)
+            piece = self._renderer.context(self._shown[index], first=index == first, past=True)
+            self._context(self._ids, self._authors, piece)
             self._reply(self._ids, self._authors, self._replies[index])
         self._joined = len(self)
         ids, authors = list(self._ids), list(self._authors)
-        self._context(ids, authors, observation, first=first == len(self))
+        message = self._message(observation, admissible)
+        self._context(ids, authors, self._renderer.context(message, first=first == len(self)))
         return ids, authors
 
-    def _context(
-        self, ids: list[int], authors: list[int], observation: str, *, first: bool
-    ) -> None:
-        piece = self._renderer.context(observation, first=first)
+    def _message(self, observation: str, admissible: Sequence[str], history: str = "") -> str:
+        return self._wording.message(
+            observation,
+            step=len(self) + 1,
+            goal=self._goal,
+            admissible=admissible,
+            history=history,
+        )
+
+    def _context(self, ids: list[int], authors: list[int], piece: Sequence[int]) -> None:
         ids += piece
         authors += [int(Author.CONTEXT)] * len(piece)
 
@@ -334,16 +264,16 @@ def materialise(trajectory: Trajectory, renderer: Renderer) -> Trajectory:
     Nobody sampled these tokens, so their log-probabilities are NaN. Existing streams are
     replaced: another tokenizer or another preset reads the same episode differently.
     """
-    conversation, builder = Conversation(renderer), StreamBuilder()
+    conversation, builder = Conversation(renderer, trajectory.goal), StreamBuilder()
     turns: list[Turn] = []
     for turn in trajectory.turns:
         replay = turn.author is Author.REPLAY
         # A later prompt shows a response again: there it is context (a row is there only once).
         shown_as = Author.REPLAY if replay else Author.CONTEXT
-        reply = renderer.written(turn.text, shown_as, ended=turn.stop != "length")
+        reply = renderer.told(turn, shown_as)
         span = None
         if not replay:
-            ids, authors = conversation.ask(turn.observation)
+            ids, authors = conversation.ask(turn.observation, turn.admissible)
             nobody = [float("nan")] * len(reply.ids)
             span = builder.extend(
                 ids,
@@ -354,7 +284,7 @@ def materialise(trajectory: Trajectory, renderer: Renderer) -> Trajectory:
                 prompt_author=authors,
             )
         turns.append(dataclasses.replace(turn, span=span))
-        conversation.add(turn.observation, reply)
+        conversation.add(turn.observation, reply, chosen=turn.actions, admissible=turn.admissible)
     provenance = {**trajectory.provenance, "renderer": renderer.fingerprint}
     return dataclasses.replace(
         trajectory, turns=tuple(turns), streams=builder.finish(), provenance=provenance

@@ -221,7 +221,7 @@ class Run:
             unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
             with closing(self.make_env()) as env:
                 grammar, episodes = self.config.prompt.grammar, config.tokenizer.episodes
-                texts = tiny.corpus(env, grammar, episodes, self.config.seed)
+                texts = tiny.corpus(env, grammar, episodes, self.config.seed, self.config.prompt)
                 tiny.train_tokenizer(texts, config.tokenizer).save_pretrained(unfinished)
             try:
                 unfinished.rename(folder)  # complete or not there

@@ -27,8 +27,9 @@ class TaskStream:
 
     @classmethod
     def of_split(cls, env: TextEnv, split: str, seed: int) -> TaskStream:
-        """All tasks of a split, pass after pass."""
-        return cls(lambda n: env.tasks(split, seed=derive_seed(seed, split, n) % 2**31))
+        """All tasks of a split (or of the role ``tune`` or ``report``), pass after pass."""
+        own = env.card.split(split)
+        return cls(lambda n: env.tasks(own, seed=derive_seed(seed, own, n) % 2**31))
 
     @classmethod
     def of_list(cls, tasks: Sequence[Task], seed: int) -> TaskStream:
@@ -65,17 +66,26 @@ class TaskStream:
         self.take(state["taken"])
 
 
-def panel(env: TextEnv, split: str, number: int, seed: int) -> list[Task]:
+def draw(env: TextEnv, split: str, number: int, seed: int, *, fewer: bool = False) -> list[Task]:
     """``number`` distinct tasks of ``split``: the same for everybody with the same seed.
 
+    Args:
+        env: the environment.
+        split: a part of its tasks, or a role such as ``report``.
+        number: how many.
+        seed: of their choice and order.
+        fewer: whether all tasks of a smaller split will do.
+
     Raises:
-        ConfigError: the split has fewer.
+        ConfigError: the split has fewer, or none at all.
     """
     distinct: dict[str, Task] = {}
-    for task in env.tasks(split, seed=seed):
+    for task in env.tasks(env.card.split(split), seed=seed):
         distinct.setdefault(task.key, task)
         if len(distinct) == number:
             return list(distinct.values())
+    if fewer and distinct:
+        return list(distinct.values())
     raise ConfigError(
         f"split {split} of this environment has only {len(distinct)} distinct tasks",
         key="evaluate.tasks",

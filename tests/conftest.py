@@ -22,6 +22,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 from hypothesis import settings
 
+from agentdistill.envs.appworld import setup as appworld
+
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 
@@ -29,7 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a job that a shell put into the background: nothing here could be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-PACKAGES = ("alfworld", "appworld", "vllm")
+PACKAGES = ("alfworld", "vllm")
 
 
 def _missing(marker: str) -> str | None:
@@ -38,6 +40,10 @@ def _missing(marker: str) -> str | None:
         return "needs a Java runtime: no `java` on PATH"
     if marker == "browser" and find_spec("playwright") is None:
         return "needs a browser: no package playwright"
+    if marker == "browser" and shutil.which("chromium") is None:
+        return "needs a browser: no `chromium` on PATH, such as the package chromium"
+    if marker == "appworld" and appworld.python() is None:
+        return "needs AppWorld in a virtual environment of its own: agentdistill setup appworld"
     if marker in PACKAGES and find_spec(marker) is None:
         return f"needs the package {marker}"
     return None

@@ -28,8 +28,10 @@ QWEN = """{%- for m in messages -%}
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\n' -}}
 {%- if think is defined -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
+{%- if open is defined -%}{{- '<think>\n' -}}{%- endif -%}
 {%- endif -%}"""
-"""Drops earlier reasoning; with ``think`` it answers a thought in the generation prompt alone."""
+"""Drops earlier reasoning; with ``think`` it answers a thought in the generation prompt alone, with
+``open`` it begins one there."""
 
 NO_SYSTEM = """{{- '<|pad|>' -}}
 {%- for m in messages -%}

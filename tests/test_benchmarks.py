@@ -139,3 +139,71 @@ def test_the_smallest_size_runs_and_both_train_the_same(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 1, "nothing was learnt, so equal weights would prove nothing"
     for cost in found["cost"].values():
         assert cost["step_cpu_s"]["median"] > 0 and cost["peak_mib"]["median"] > 100
+
+
+# -- environments ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def environments(common: ModuleType) -> ModuleType:
+    return importlib.import_module("environments")
+
+
+def spent(start: float, reset: float, step: float, listing: float | None) -> dict[str, Any]:
+    """What a worker notes about an environment; memory is ten times the start."""
+    memory = {"rss": 10 * start, "uss": 5 * start}
+    return {
+        "start": start,
+        "resets": [reset] * 3,
+        "steps": [step, step, 99.0],
+        "listings": [] if listing is None else [listing],
+        "first": memory,
+        "played": memory,
+        "another": memory,
+        "in_step": listing is None,
+    }
+
+
+def test_quantiles_are_of_the_values_that_were_seen(environments: ModuleType) -> None:
+    values = [float(n) for n in range(1, 21)]
+    assert environments.quantiles(values) == {"median": 10.5, "p90": 18.0, "n": 20}
+    assert environments.quantiles([7.0]) == {"median": 7.0, "p90": 7.0, "n": 1}
+
+
+def test_ratios_are_upstream_over_ours_process_by_process(environments: ModuleType) -> None:
+    ours = [spent(1.0, 2.0, 1.0, 3.0), spent(1.0, 2.0, 2.0, 2.0)]
+    theirs = [spent(3.0, 4.0, 8.0, None), spent(2.0, 8.0, 4.0, None)]
+    found = environments.ratio(ours, theirs)
+    assert (found["start"]["low"], found["start"]["high"]) == (2.0, 3.0)
+    assert found["resets"] == {"median": 3.0, "low": 2.0, "high": 4.0, "n": 2}
+    assert found["steps"] == {"median": 5.0, "low": 2.0, "high": 8.0, "n": 2}
+    assert found["turn"]["median"] == 1.5, "their step lists, so it is compared with both of ours"
+    assert found["another_rss"]["median"] == 2.5
+    cost = environments.cost(theirs)
+    assert cost["listings"] is None and cost["listing_in_step"]
+    assert environments.cost(ours)["listings"]["median"] == 2.5
+
+
+def test_what_cannot_run_is_named_and_no_error(environments: ModuleType, tmp_path: Path) -> None:
+    found = environments.compare("nowhere:Env", environments.SMALL, tmp_path)
+    assert found["env"] == "nowhere:Env" and "is no environment" in found["unavailable"]
+    assert "is no environment" in environments.report([found])
+
+
+def test_the_smallest_comparison_of_an_environment_runs(tmp_path: Path) -> None:
+    pytest.importorskip("psutil")
+    output = tmp_path / "environments.json"
+    words = ["--small", "--env", "agentdistill/Sokoban-v0", "--output", str(output)]
+    command = [sys.executable, str(FOLDER / "environments.py"), *words]
+    done = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "compared with nothing: gym-sokoban needs gym" in done.stdout
+    results = json.loads(output.read_text())
+    assert results["settings"]["tasks"] == 2 and "psutil" in results["machine"]["versions"]
+    (found,) = results["environments"]
+    assert set(found["cost"]) == {"ours", "ours, again"}
+    cost = found["cost"]["ours"]
+    assert 0 < cost["steps"]["median"] <= cost["steps"]["p90"] < cost["start"]["median"]
+    assert cost["listings"]["n"] >= 3 and cost["played"]["rss"] > 0
+    assert found["success"]["panel"] == "sokoban"
+    assert found["success"]["expert"]["success"] == 1.0

@@ -80,6 +80,8 @@ turns = st.builds(
     usage=usages,
     span=st.none() | st.builds(Span, counts, counts, counts),
     alternatives=tuples(st.builds(Alternative, hostile, tuples(hostile), usages)),
+    admissible=tuples(hostile),
+    cut=tuples(hostile),
 )
 trajectories = st.builds(
     Trajectory,
@@ -97,6 +99,7 @@ trajectories = st.builds(
     faults=tuples(st.builds(Fault, st.text(), hostile, counts)),
     provenance=mappings,
     derived_from=st.none() | st.text(),
+    goal=hostile,
 )
 
 
@@ -126,6 +129,13 @@ def test_what_cannot_be_kept_is_refused() -> None:
         codec.pack([wide])
     with pytest.raises(TypeError, match=r"int64\(3\)"):
         codec.pack([replace(item, provenance={"seed": np.int64(3)})])
+
+
+def test_shards_of_earlier_versions_are_read() -> None:
+    """Written before turns had ``admissible`` and ``cut`` and trajectories a ``goal``."""
+    data = (Path(__file__).parent / "data" / "shard-1.npz").read_bytes()
+    assert b"admissible" not in data and b"goal" not in data
+    assert image(codec.unpack(data)) == image(batch(0, size=1))
 
 
 def test_unknown_layout_says_so(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,9 +146,9 @@ def test_presets_of_prompts() -> None:
     assert len({prompt.model_dump_json() for prompt in PROMPTS.values()}) == len(PROMPTS)
     assert load({}).prompt == PROMPTS["chat"] == PromptConfig()
     changed = load({"prompt": {"preset": "react-drop", "window": 1}}).prompt
-    assert changed == PromptConfig(grammar="action", drop_reasoning=True, window=1)
-    assert load({"prompt": {"grammar": "answer"}}).prompt == PROMPTS["ragen"]
-    assert load({"prompt": "ragen"}, ["prompt.window=1"]).prompt.grammar == "answer"
+    assert changed == PROMPTS["react-drop"].model_copy(update={"window": 1})
+    assert load({"prompt": {"grammar": "answer"}}).prompt == PromptConfig(grammar="answer")
+    assert load({"prompt": "ragen"}, ["prompt.window=1"]).prompt.max_actions == 5
 
 
 # -- identity --------------------------------------------------------------------------------------
@@ -210,6 +210,16 @@ REFUSED: list[tuple[list[str], str]] = [
     (["stages.distilled.axes=3"], "stages.distilled.axes=3: must hold keys and values"),
     (["sampling.top_p=0"], "sampling.top_p=0: Input should be greater than 0"),
     (["prompt.observation=look"], "prompt.observation='look': "),
+    (
+        ["prompt.observation='{observation} {goals}'"],
+        "prompt.observation='{observation} {goals}': {goals} is no place here; known: instruction,",
+    ),
+    (["prompt.instruction='{goal}'"], "prompt.instruction='{goal}': {goal} is no place here"),
+    (["prompt.history='{history}'"], "prompt.history='{history}': {history} is no place here"),
+    (["prompt.history='{action}'"], "prompt: history says how an earlier turn is written"),
+    (["prompt.observation='{history}{observation}'"], "prompt: history says how an earlier turn"),
+    (["prompt={preset: tcod, history: null}"], "prompt: history says how an earlier turn"),
+    (["prompt.admissible=list"], "prompt.admissible='list': Input should be 'lines' or 'quoted'"),
     (["models.big.hidden=33"], "models.big: hidden=33, heads=2: "),
     (["models.big.kind=huge"], "models.big.kind='huge': one of tiny, local"),
     (["models.big=3"], "models.big=3: must hold keys and values"),
@@ -315,6 +325,7 @@ BROKEN: dict[str, list[dict[str, Any]]] = {
     "teacher": [{"teacher": None}, {"method": "kd-sft", "teacher": None}],
     "no teacher": [{**GRPO, "teacher": "big"}, {**SFT, "teacher": "big"}],
     "data": [{**SFT, "data": None}, {"data": "demos"}],
+    "turns": [{**SFT, "turns": 100}],
     "fixed": [{"axes": {"start": {"kind": "fixed"}}}],
     "K3": [
         {**GRPO, "axes": {"start": {"kind": "f2b"}}},

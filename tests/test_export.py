@@ -71,6 +71,7 @@ def test_a_row_by_hand(run_dir: Path) -> None:
         "policy": "student",
         "derived_from": None,
         "n_turns": 2,
+        "goal": "",
     }
     assert (second["derived_from"], second["score"]) == (first["id"], None)
     assert list(first) == ["messages", *TOKENS, *PROVENANCE]

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from agentdistill import evaluation
 from agentdistill.config import EvaluateConfig, load
 from agentdistill.errors import ConfigError
 from agentdistill.evaluation import Result, evaluate, modes, summarise
 from agentdistill.methods.index import get
 from agentdistill.metrics import of_table, of_trajectories, wilson
+from agentdistill.panel import requests
 from agentdistill.policy import ExpertPolicy, RandomPolicy, derive_seed
 from agentdistill.recipe import execute
 from agentdistill.records import (
@@ -37,7 +37,7 @@ from agentdistill.records import (
 )
 from agentdistill.run import Run
 from agentdistill.table import build
-from agentdistill.tasks import TaskStream, panel
+from agentdistill.tasks import TaskStream, draw
 from tests.toy import Corridor, micro
 
 
@@ -200,20 +200,20 @@ class Repeating(Corridor):
 
 def test_a_panel_has_distinct_tasks_of_its_split() -> None:
     for env in (Corridor(), Repeating()):
-        chosen = panel(env, "report", 6, 0)
+        chosen = draw(env, "report", 6, 0)
         assert len({task.key for task in chosen}) == 6
         assert {task.split for task in chosen} == {"report"}
-    assert [t.key for t in panel(Repeating(), "report", 6, 0)] == [
-        t.key for t in panel(Corridor(), "report", 6, 0)
+    assert [t.key for t in draw(Repeating(), "report", 6, 0)] == [
+        t.key for t in draw(Corridor(), "report", 6, 0)
     ]
-    assert panel(Corridor(), "report", 6, 0) == panel(Corridor(), "report", 7, 0)[:6]
-    assert panel(Corridor(), "report", 6, 1) != panel(Corridor(), "report", 6, 0)
+    assert draw(Corridor(), "report", 6, 0) == draw(Corridor(), "report", 7, 0)[:6]
+    assert draw(Corridor(), "report", 6, 1) != draw(Corridor(), "report", 6, 0)
 
 
 @pytest.mark.parametrize("env", [Corridor(), Repeating()])
 def test_a_panel_never_repeats_a_task_to_be_large_enough(env: Corridor) -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.tasks=8: split report .* only 7 distinct"):
-        panel(env, "report", 8, 0)
+        draw(env, "report", 8, 0)
 
 
 def test_a_task_stream_goes_on_where_it_was() -> None:
@@ -252,7 +252,7 @@ def test_the_expert_and_chance(tmp_path: Path) -> None:
     expert = evaluate(run, "expert", "-")
     assert (expert.success, expert.optimal, expert.invalid, expert.faults) == (1.0, 1.0, 0.0, 0)
     assert expert.outcomes == (True,) * 5 and expert.episodes == 5
-    assert expert.keys == tuple(t.key for t in panel(run.env, "report", 5, 0))
+    assert expert.keys == tuple(t.key for t in draw(run.env, "report", 5, 0))
     assert expert.panel == digest(list(expert.keys))
     config = run.config.evaluate.model_copy(update={"tasks": 7, "seed": 3})
     chance = evaluate(run, "random", "-", config)
@@ -298,11 +298,11 @@ def test_a_result_says_what_it_depends_on(tmp_path: Path) -> None:
 
 
 def test_samples_of_one_task_differ_and_are_in_order(tmp_path: Path) -> None:
-    requests = evaluation._requests(panel(Corridor(), "report", 4, 0), 3, 9)
-    assert len({request.seed for request in requests}) == 12
-    assert [request.sample for request in requests] == [0, 1, 2] * 4
-    assert [r.group for r in requests] == [r.task.key for r in requests]
-    assert requests[5].seed == derive_seed(9, "evaluate", requests[5].task.key, 2)
+    wanted = requests(draw(Corridor(), "report", 4, 0), 3, 9)
+    assert len({request.seed for request in wanted}) == 12
+    assert [request.sample for request in wanted] == [0, 1, 2] * 4
+    assert [r.group for r in wanted] == [r.task.key for r in wanted]
+    assert wanted[5].seed == derive_seed(9, "evaluate", wanted[5].task.key, 2)
 
 
 def test_faults_keep_their_place_and_enter_no_rate(tmp_path: Path) -> None:

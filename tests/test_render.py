@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from agentdistill import actions
 from agentdistill.config import PromptConfig
 from agentdistill.errors import ConfigError
+from agentdistill.frames import Frames
 from agentdistill.records import Actor, Author, Kind, Task, Trajectory, Turn
-from agentdistill.render import Conversation, Frames, Renderer, Reply, materialise
+from agentdistill.render import Conversation, Renderer, Reply, materialise
 from tests.templates import BROKEN, TEMPLATES, rendered, renderer, tokenizer
 
 # -- frames ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -546,6 +546,45 @@ def test_concurrency_is_a_limit_and_environments_are_reused() -> None:
     assert policy.most == 3 and len(Traps.made) == 3
 
 
+class Few(Traps):
+    """Counts the instances that are in an episode, over all threads."""
+
+    lock = threading.Lock()
+    inside = most = 0
+
+    @property
+    def card(self) -> Card:
+        return dataclasses.replace(super().card, slots=3)
+
+    def _begin(self, task: Task) -> str:
+        with self.lock:
+            Few.inside += 1
+            Few.most = max(Few.most, Few.inside)
+        return super()._begin(task)
+
+    def _advance(self, action: str) -> Moved:
+        moved = super()._advance(action)
+        if moved.terminated:
+            with self.lock:
+                Few.inside -= 1
+        return moved
+
+
+def test_slots_of_the_card_are_a_limit_and_the_others_wait() -> None:
+    Few.inside = Few.most = 0
+
+    def make() -> Few:
+        return Few(sleep=0.001, isolation="process")
+
+    requests = [request(number=n) for n in range(64)]
+    found = play(ExpertPolicy(), requests, make_env=make, concurrency=64)
+    assert [t.end for t in found] == ["success"] * 64
+    assert [t.task.key for t in found] == [r.task.key for r in requests]
+    assert Few.most == len(Traps.made) == 3 and Few.inside == 0
+    assert len(play(ExpertPolicy(), requests[:4], make_env=make, concurrency=2)) == 4
+    assert len(Traps.made) == 3 + 2, "the lower of the two limits holds"
+
+
 def test_order_is_that_of_the_requests() -> None:
     requests = [request(number=n, at=n % 5, goal=5, sample=n, counter=n) for n in range(10)]
     ended: list[Trajectory] = []
@@ -755,7 +794,7 @@ def test_dropped_reasoning_is_not_in_later_prompts(parts: tuple[Any, Any]) -> No
     policy = actor(parts, PROMPTS["react-drop"])
     trajectory = one(policy, MANY[0])
     ((*_, (ids, _)),) = policy.engine.calls.values()
-    text = parts[1].decode(ids)
+    text = parts[1].decode(ids).replace(policy.renderer.instruction, "")
     assert "<think>" not in text and text.count("<action>right</action>") >= 1
     assert "<think>" in trajectory.turns[0].text
 
@@ -856,3 +895,23 @@ def test_a_plain_policy_needs_no_engine() -> None:
             return Response("right", right, Actor("mine"))
 
     assert one(Mine(), request()).success
+
+
+def test_a_slow_expert_stalls_nobody() -> None:
+    """In environments that block, the expert and random play are asked where they run."""
+
+    class Ponders(Corridor):
+        threads: ClassVar[set[int]] = set()
+
+        def expert_action(self) -> str:
+            self.threads.add(threading.get_ident())
+            time.sleep(0.05)
+            return super().expert_action()
+
+    task = next(Corridor().tasks("train"))
+    requests = [Request(task, seed=n, sample=n) for n in range(8)]
+    begun = time.monotonic()
+    found = run(rollout(ExpertPolicy(), lambda: Ponders(isolation="thread"), requests))
+    assert all(t.success for t in found)
+    assert time.monotonic() - begun < 8 * 10 * 0.05, "one after the other"
+    assert threading.get_ident() not in Ponders.threads

@@ -602,3 +602,43 @@ def test_every_combination_that_is_accepted_runs(tmp_path: Path) -> None:
         assert line["rows"] > 0 and math.isfinite(line["grad_norm"]), chosen.axes
         moves = chosen.axes["signal"]["divergence"] != "none"
         assert line["grad_norm"] > 0 or not moves, chosen.axes
+
+
+def test_iterations_are_counted_in_turns(tmp_path: Path) -> None:
+    base = micro(tmp_path)
+    demos, taught, distilled = base["stages"]
+    distilled = {**distilled, "turns": 40, "iterations": 3}
+    stages = [demos, taught, {**distilled, "name": "full"}]
+    stages.append({**distilled, "name": "window", "method": "tcod-f2b"})
+    guided = {"method": "tcod-b2f", "guide": "demos", "axes": {"start": {"horizon": "k"}}}
+    stages.append({**distilled, "name": "back", **guided})
+    stages.append({**distilled, "name": "group", "method": "grpo", "samples": 3, "teacher": None})
+    execute(load({**base, "stages": stages, "evaluate": {"policies": []}}))
+    for name in ("full", "window", "back", "group"):
+        with Store(tmp_path / "micro" / "stages" / name, readonly=True) as store:
+            found = list(store.trajectories(name, committed=True))
+        for n in range(3):
+            mine = [t for t in found if t.counter == n]
+            acted = [len(t.acted) for t in mine]
+            last = sum(acted[-3:] if name == "group" else acted[-1:])
+            assert sum(acted) >= 40, "too few turns"
+            assert sum(acted) - last < 40, "more episodes than needed"
+            groups = [t.group for t in mine]
+            assert len(set(groups)) == len(mine) // (3 if name == "group" else 1)
+    with pytest.raises(ConfigError, match="recorded episodes are counted in tasks"):
+        execute(load({**base, "stages": [demos, {**taught, "turns": 5}], "evaluate": {}}))
+
+
+def test_turns_survive_a_crash(tmp_path: Path) -> None:
+    def values(output: Path) -> dict[str, Any]:
+        demos, taught, distilled = micro(output)["stages"]
+        stages = [demos, {**taught, "iterations": 2}, {**distilled, "turns": 30}]
+        return recipe(output, stages=stages, evaluate={"policies": []})
+
+    assert finish(values(tmp_path / "whole")) == 0
+    # Two iterations of "taught" count as well: these are the second and the fifth of "distilled".
+    for count in (4, 3):
+        crashed = finish(values(tmp_path / "torn"), f"iteration:after-generate:{count}")
+        assert crashed == -signal.SIGKILL
+    assert finish(values(tmp_path / "torn")) == 0
+    assert_same(tmp_path / "torn" / "micro", traces(tmp_path / "whole" / "micro"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -102,3 +103,60 @@ def test_cli_names_the_missing_extra(bin_dir: Path, tmp_path: Path, verb: str) -
     assert done.returncode == 3, done.stdout + done.stderr
     assert "pip install 'agentdistill[train]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+EXTRAS = {
+    "alfworld": "agentdistill/ALFWorld-v0",
+    "scienceworld": "agentdistill/ScienceWorld-v0",
+    "webshop": "agentdistill/WebShop-v0",
+}
+CHECKED = """
+import sys
+from importlib.util import find_spec
+from agentdistill.envs.check import check_env
+if __name__ == "__main__":  # an environment's worker imports this again where it is spawned
+    report = check_env(sys.argv[1], episodes=1, seconds=0.1)
+    print(report)
+    heavy = [name for name in ("torch", "transformers", "vllm") if name in sys.modules or find_spec(name)]
+    print("heavy:", heavy)
+    sys.exit(not report.ok or bool(heavy))
+"""  # noqa: E501
+
+
+def _venv(wheel: Path, home: Path, extra: str) -> Path:
+    """Python of a new environment with the wheel and one extra."""
+    _check(_run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home.parent))
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    python = home / "bin" / "python"
+    what = (f"{wheel}[{extra}]", "-c", ROOT / "constraints.txt")
+    _check(_run(*pip, "--python", python, "install", "-qq", *what, cwd=home))
+    return python
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.timeout(900)  # what ALFWorld needs is compiled, unless pip still has it
+def test_one_extra_is_enough_and_brings_no_torch(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str
+) -> None:
+    if extra == "scienceworld" and shutil.which("java") is None:
+        pytest.skip("needs a Java runtime: no `java` on PATH")
+    for name in ("ALFWORLD_DATA", "WEBSHOP_DATA", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    python = _venv(wheel, tmp_path / "venv", extra)
+    script = tmp_path / "checked.py"
+    script.write_text(CHECKED)
+    print(_check(_run(python, script, EXTRAS[extra], cwd=tmp_path)))
+
+
+def test_what_is_missing_is_said_by_name(bin_dir: Path, tmp_path: Path) -> None:
+    """The base install lists every environment and says how to get the rest of it."""
+    found = json.loads(_check(_run(bin_dir / "agentdistill", "envs", "--json", cwd=tmp_path)))
+    text = json.dumps(found)
+    for extra, name in EXTRAS.items():
+        assert name in text
+        assert f"agentdistill[{extra}]" in text
+        done = _run(bin_dir / "agentdistill", "envs", "check", name, cwd=tmp_path)
+        assert done.returncode in (1, 3), done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        assert f"agentdistill[{extra}]" in done.stdout + done.stderr
+    assert "agentdistill setup appworld" in text

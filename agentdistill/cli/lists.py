@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Annotated, Any
@@ -39,27 +40,35 @@ def list_envs(ctx: typer.Context, as_json: Json = False) -> None:
     if as_json:
         document(found)
         return
-    lines = [
-        [
-            card["id"],
-            card.get("version", display.NOTHING),
-            ", ".join(card.get("splits", [display.NOTHING])),
-            card.get("licence", display.NOTHING),
-            "yes" if card["installed"] else f"no: {card['problem']}",
-        ]
-        for card in found
-    ]
-    display.show(("id", "version", "splits", "licence", "installed"), lines, left=5)
+    nothing: dict[str, Any] = {"package": "", "data": "", "missing": [], "needs": []}
+    lines, remarks = [], []
+    for card in found:
+        here = card.get("availability", nothing)
+        facts = (here["package"], here["data"], ", ".join(card.get("splits", [])))
+        more = (card.get("isolation"), card.get("licence"))
+        lines.append([card["id"], *(text or display.NOTHING for text in (*facts, *more))])
+        lines[-1].append("yes" if card["installed"] else "no")
+        problems = [card["problem"]] if "problem" in card else [*here["needs"], *here["missing"]]
+        remarks += [f"{card['id']}: {text}" for text in dict.fromkeys(problems)]
+    columns = ("id", "package", "data", "splits", "isolation", "licence", "installed")
+    display.show(columns, lines, left=7)
+    if remarks:
+        print("\n" + "\n".join(remarks))
 
 
 def _card(name: str) -> dict[str, Any]:
     """The facts about an environment, as far as they can be had without what it needs."""
+    from dataclasses import asdict
+
     from agentdistill.envs.make import make
 
     try:
-        return {**make(name).card.to_json(), "installed": True}
+        env = make(name)
+        here = type(env).availability()
+        facts = {**env.card.to_json(), "installed": not here.needs}
     except AgentDistillError as error:
         return {"id": name, "installed": False, "problem": str(error)}
+    return {**facts, "availability": asdict(here)}
 
 
 @envs.command("check")
@@ -68,14 +77,33 @@ def check_one(
     option: EnvOptions = None,
     episodes: Annotated[int, typer.Option(min=1, help="Tasks per check.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the tasks and of random play.")] = 0,
+    seconds: Annotated[float, typer.Option(min=0, help="How long to measure the speed.")] = 0.5,
+    budget: Annotated[
+        float, typer.Option(min=0, help="Seconds after which a check begins no further episode.")
+    ] = 30.0,
+    expert_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Known success rate of the expert.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Test whether an environment keeps its promises."""
     from agentdistill.config import load
-    from agentdistill.envs.check import check_env
+    from agentdistill.envs.check import Check, check_env
 
-    options = load({}, [f"env.options.{text}" for text in option or ()]).env.options
-    report = check_env(target, episodes=episodes, seed=seed, kwargs=options)
+    def say(check: Check) -> None:
+        if sys.stderr.isatty() or as_json:
+            print(f"{check.name}: {check.status}, {check.seconds:.1f} s", file=sys.stderr)
+
+    report = check_env(
+        target,
+        episodes=episodes,
+        seed=seed,
+        seconds=seconds,
+        budget=budget,
+        expert_rate=expert_rate,
+        kwargs=load({}, [f"env.options.{text}" for text in option or ()]).env.options,
+        on_check=say,
+    )
     if as_json:
         document(report.to_json())
     else:

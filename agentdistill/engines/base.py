@@ -9,10 +9,10 @@ degrades silently: what an engine cannot do raises
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from agentdistill.records import FloatArray, Usage
+from agentdistill.records import FloatArray, Json, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Sample:
         stop: ``stop`` (end of turn) or ``length``.
         version: version of the weights that drew it.
         usage: tokens spent; ``cache_read`` are prompt tokens that were not computed again.
+        tool_calls: native tool calls, as the provider returned them.
     """
 
     ids: tuple[int, ...]
@@ -52,6 +53,7 @@ class Sample:
     stop: str
     version: int = 0
     usage: Usage = Usage()
+    tool_calls: tuple[Mapping[str, Json], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

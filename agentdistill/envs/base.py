@@ -84,6 +84,7 @@ class Card:
         roles: the environment's own names of the parts called ``tune`` and ``report``, where they
             are others.
         notes: what else makes numbers comparable, a line each (wording of the data, rules).
+        expert_rate: share of the tasks that the expert is known to solve; None: nobody knows.
     """
 
     id: str
@@ -98,6 +99,7 @@ class Card:
     slots: int | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    expert_rate: float | None = None
 
     def split(self, name: str) -> str:
         """The environment's own name of the part called ``name``, which may be a role."""

@@ -1,32 +1,28 @@
-"""The checks behind :func:`agentdistill.envs.check.check_env`.
+"""The checks behind :func:`agentdistill.envs.check.check_env`: one environment in one process.
 
-Invariants: a check returns what it saw, or raises :class:`FailedError` (a promise is broken) or
-:class:`SkippedError` (the environment does not offer what the check is about). Any other exception
-is the environment's and counts as failed. Checks leave the environment open, in any state.
+Those that use several instances, processes or many episodes are in strain.py; what a check is given
+and how it ends is in probe.py. Any other exception than the two that are named there is the
+environment's, and counts as failed.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable
 from itertools import islice
 from random import Random
-from typing import Any
 
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 
-from agentdistill.envs.base import ISOLATIONS, TextEnv
+from agentdistill.envs import strain
+from agentdistill.envs.base import ISOLATIONS
+from agentdistill.envs.probe import FailedError, Probe, SkippedError, any_action, need
 from agentdistill.errors import ConfigError
-from agentdistill.records import StepResult, Task, digest
+from agentdistill.records import StepResult
 
 HOSTILE = (
     "",
@@ -49,73 +45,19 @@ HOSTILE = (
 )
 """Action texts that no environment may stumble over; the last three have about 1 MB."""
 
-MAX_STEPS = 40
-"""Steps per episode of the checks that compare episodes."""
-
-
-class FailedError(Exception):
-    """A promise was not kept."""
-
-
-class SkippedError(Exception):
-    """The environment does not offer what a check is about."""
-
-
-def _need(holds: bool, message: str) -> None:
-    if not holds:
-        raise FailedError(message)
-
-
-@dataclass
-class Probe:
-    """What every check is given."""
-
-    env: TextEnv
-    target: str | None
-    kwargs: Mapping[str, Any]
-    episodes: int
-    seed: int
-    seconds: float
-
-    @cached_property
-    def tasks(self) -> list[Task]:
-        """The first tasks of the first split."""
-        env = self.env
-        found = list(islice(env.tasks(env.card.splits[0], seed=self.seed), self.episodes))
-        _need(bool(found), f"split {env.card.splits[0]} has no task")
-        return found
-
-    def start(self, task: Task) -> str:
-        """Reset to ``task``; the first observation."""
-        return self.env.reset(options={"task": task})[0]
-
-    def walk(self, task: Task, steps: int = MAX_STEPS) -> Iterator[tuple[str, StepResult]]:
-        """A random episode of at most ``steps`` steps, admissible actions where they are listed."""
-        rng = Random(f"{self.seed} {task.key}")
-        self.start(task)
-        for _ in range(steps):
-            action = _any_action(self.env, rng)
-            result = self.env.act(action)
-            yield action, result
-            if result.terminated or result.truncated:
-                return
-
-
-def _any_action(env: TextEnv, rng: Random) -> str:
-    choices = env.admissible() or list(getattr(env.action_space, "examples", ("",)))
-    return rng.choice(choices)
-
 
 def _card(probe: Probe) -> str:
     env, card = probe.env, probe.env.card
-    _need(re.search(r"-v\d+$", card.id) is not None, f"id {card.id!r} has no version such as -v0")
-    _need(card.isolation in ISOLATIONS, f"isolation {card.isolation!r} is none of {ISOLATIONS}")
-    _need(len(set(card.splits)) == len(card.splits) > 0, f"splits {card.splits} repeat or are none")
-    _need(card.step_limit >= 1, f"step_limit is {card.step_limit}")
-    _need(bool(card.licence), "no licence")
-    _need(bool(env.instruction.strip()), "no instruction")
+    need(re.search(r"-v\d+$", card.id) is not None, f"id {card.id!r} has no version such as -v0")
+    need(card.isolation in ISOLATIONS, f"isolation {card.isolation!r} is none of {ISOLATIONS}")
+    need(len(set(card.splits)) == len(card.splits) > 0, f"splits {card.splits} repeat or are none")
+    need(card.step_limit >= 1, f"step_limit is {card.step_limit}")
+    need(bool(card.licence), "no licence")
+    need(card.slots is None or card.slots >= 1, f"slots is {card.slots}")
+    need(card.expert_rate is None or 0 <= card.expert_rate <= 1, f"expert_rate {card.expert_rate}")
+    need(bool(env.instruction.strip()), "no instruction")
     for tool in env.tools:
-        _need(bool(tool["function"]["name"]), "a tool without a name")
+        need(bool(tool["function"]["name"]), "a tool without a name")
     json.dumps([card.to_json(), env.tools])
     return f"{card.id}, {', '.join(card.splits)}, {card.licence}, {len(env.tools)} tools"
 
@@ -133,14 +75,12 @@ def _tasks(probe: Probe) -> str:
     for split in env.card.splits:
         found = list(islice(env.tasks(split, seed=probe.seed), 4 * probe.episodes))
         again = list(islice(env.tasks(split, seed=probe.seed), 4 * probe.episodes))
-        _need([t.key for t in found] == [t.key for t in again], f"{split}: two listings differ")
+        need([t.key for t in found] == [t.key for t in again], f"{split}: two listings differ")
         for task in found:
             json.dumps(dict(task.payload))
-            _need(task.env == env.card.id, f"{split}: a task of {task.env}")
-            _need(task.split == split, f"{split}: a task of split {task.split}")
-            _need(
-                task.key not in owner, f"{split}: task {task.key} is in {owner.get(task.key)} too"
-            )
+            need(task.env == env.card.id, f"{split}: a task of {task.env}")
+            need(task.split == split, f"{split}: a task of split {task.split}")
+            need(task.key not in owner, f"{split}: task {task.key} is in {owner.get(task.key)} too")
             owner[task.key] = split
         counts.append(f"{split} {len(found)}")
     try:
@@ -150,59 +90,26 @@ def _tasks(probe: Probe) -> str:
     raise FailedError("an unknown split is no ConfigError")
 
 
-def trace(probe: Probe) -> list[Any]:
-    """Random episodes as JSON."""
-    episodes = []
-    for task in probe.tasks:
-        taken = [[action, asdict(result)] for action, result in probe.walk(task)]
-        episodes.append([task.key, probe.start(task), taken])
-    return episodes
-
-
 def _replay(probe: Probe) -> str:
     total = 0
-    for task in probe.tasks:
+    for task in probe.each():
         taken = list(probe.walk(task))
         first, again = probe.start(task), probe.start(task)
-        _need(first == again, f"task {task.key}: two resets show different observations")
+        need(first == again, f"task {task.key}: two resets show different observations")
         results = probe.env.replay([action for action, _ in taken])
         for step, (result, (action, expected)) in enumerate(zip(results, taken, strict=True)):
-            _need(result == expected, f"task {task.key}, step {step}, {action!r}: results differ")
+            need(result == expected, f"task {task.key}, step {step}, {action!r}: results differ")
         total += len(taken)
-    return f"{total} steps repeated"
-
-
-_CHILD = (
-    "import json, sys; from agentdistill.envs.check import trace_digest; "
-    "print(trace_digest(*json.load(sys.stdin)))"
-)
-
-
-def _processes(probe: Probe) -> str:
-    if probe.target is None:
-        raise SkippedError("give an id or module:Class to compare with another process")
-    request = json.dumps([probe.target, dict(probe.kwargs), probe.episodes, probe.seed])
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD],
-        input=request,
-        env={**os.environ, "PYTHONHASHSEED": "20240229", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    _need(done.returncode == 0, f"the other process failed: {done.stderr[-300:]}")
-    here = digest(trace(probe))
-    _need(done.stdout.split()[-1:] == [here], "another process saw other episodes")
-    return f"{probe.episodes} episodes are the same in another process"
+    return f"{total} steps of {probe.many} repeated"
 
 
 def _snapshot(probe: Probe) -> str:
     rng, env = Random(probe.seed), probe.env
-    for task in probe.tasks:
-        walk = probe.walk(task)
-        for _ in islice(walk, rng.randrange(MAX_STEPS // 2)):
+    for task in probe.each():
+        walk, before = probe.walk(task), rng.randrange(probe.steps // 2)
+        if not before:
+            probe.start(task)  # the walk begins with its first step, and the same reset
+        for _ in islice(walk, before):
             pass
         saved = env.snapshot()
         taken = list(walk)
@@ -210,13 +117,13 @@ def _snapshot(probe: Probe) -> str:
             env.restore(saved)
             results = env.replay([action for action, _ in taken])
             same = results == [result for _, result in taken]
-            _need(same, f"task {task.key}: not the same after the {attempt} restore")
-    return f"{len(probe.tasks)} restored, twice each"
+            need(same, f"task {task.key}: not the same after the {attempt} restore")
+    return f"{probe.many} restored, twice each"
 
 
 def _expert(probe: Probe) -> str:
     solved, steps = 0, 0
-    for number, task in enumerate(probe.tasks):
+    for task in probe.each():
         probe.start(task)
         result = None
         while result is None or not (result.terminated or result.truncated):
@@ -225,26 +132,41 @@ def _expert(probe: Probe) -> str:
                 break
             result = probe.env.act(action)
             steps += 1
-        if number == 0 and result is None:
+        if result is None and probe.played == 1:
             raise SkippedError("no expert")
         solved += result is not None and result.success
-    _need(solved > 0, f"the expert solved none of {len(probe.tasks)} tasks")
-    rate, mean = solved / len(probe.tasks), steps / len(probe.tasks)
-    return f"solved {rate:.0%} of {len(probe.tasks)} tasks in {mean:.1f} steps on average"
+    return _solved(probe, solved, steps)
+
+
+def _solved(probe: Probe, solved: int, steps: int) -> str:
+    """Judge the expert: better than nothing, or as good as it is known to be."""
+    played, rate = probe.played, probe.expert_rate
+    if rate is None:
+        need(solved > 0, f"the expert solved none of {probe.many}")
+        known = ""
+    else:
+        chance = sum(
+            math.comb(played, k) * rate**k * (1 - rate) ** (played - k) for k in range(solved + 1)
+        )
+        said = f"the expert solved {solved} of {probe.many}, and is known to solve {rate:.0%}"
+        need(chance >= UNLIKELY, f"{said}: so few come with probability {chance:.1e}")
+        known = f" (known: {rate:.0%})"
+    mean = steps / played
+    return f"solved {solved / played:.0%} of {probe.many}{known} in {mean:.1f} steps on average"
 
 
 def _optimal(probe: Probe) -> str:
     known = 0
-    for task in probe.tasks[:2]:
+    for task in islice(probe.each(), 2):  # the best actions may take a search
         rng = Random(f"{probe.seed} {task.key}")
         probe.start(task)
-        for _ in range(MAX_STEPS // 2):
-            best, action = probe.env.optimal_actions(), _any_action(probe.env, rng)
+        for _ in range(probe.steps // 2):
+            best, action = probe.env.optimal_actions(), any_action(probe.env, rng)
             result = probe.env.act(action)
             if best is not None and result.optimal is not None:
                 known += 1
                 agrees = (action in best) == result.optimal
-                _need(agrees, f"{action!r}: step says {result.optimal}, best were {sorted(best)}")
+                need(agrees, f"{action!r}: step says {result.optimal}, best were {sorted(best)}")
             if result.terminated or result.truncated:
                 break
     if not known:
@@ -253,28 +175,35 @@ def _optimal(probe: Probe) -> str:
 
 
 def _random(probe: Probe) -> str:
-    scores, successes = [], 0
-    for task in probe.tasks:
-        result = None
+    scores, successes, cut = list[float](), 0, 0
+    for task in probe.each():
+        result, ended = None, False
         for _, result in probe.walk(task, steps=min(probe.env.step_limit, 1000)):
             _sound(result)
+            ended = result.terminated or result.truncated
+            if probe.late():
+                break
+        cut += not ended
         scores.append(result.score if result else 0.0)
         successes += bool(result and result.success)
-    mean = sum(scores) / len(scores)
-    return f"mean score {mean:.2f}, success {successes / len(scores):.0%} of {len(scores)} tasks"
+    mean, rate = sum(scores) / len(scores), successes / len(scores)
+    short = f", {cut} cut short" if cut else ""
+    return f"mean score {mean:.2f}, success {rate:.0%} of {probe.many}{short}"
 
 
 def _sound(result: StepResult) -> None:
-    _need(isinstance(result.observation, str), "an observation that is no string")
-    _need(math.isfinite(result.reward), f"reward {result.reward}")
-    _need(0 <= result.score <= 1, f"score {result.score} is outside [0, 1]")
-    _need(not (result.terminated and result.truncated), "terminated and truncated at once")
+    need(isinstance(result.observation, str), "an observation that is no string")
+    need(math.isfinite(result.reward), f"reward {result.reward}")
+    need(0 <= result.score <= 1, f"score {result.score} is outside [0, 1]")
+    need(not (result.terminated and result.truncated), "terminated and truncated at once")
 
 
 def _hostile(probe: Probe) -> str:
-    slowest, task = 0.0, probe.tasks[0]
+    slowest, task, ended = 0.0, probe.tasks[0], True
     for text in HOSTILE:
-        probe.start(task)
+        if ended:
+            probe.start(task)
+            probe.played += 1
         begun = time.perf_counter()
         try:
             result = probe.env.act(text)
@@ -282,49 +211,41 @@ def _hostile(probe: Probe) -> str:
             raise FailedError(f"{text[:20]!r} raised {type(error).__name__}: {error}") from error
         slowest = max(slowest, time.perf_counter() - begun)
         _sound(result)
+        ended = result.terminated or result.truncated
     return f"{len(HOSTILE)} strange actions, slowest {1000 * slowest:.1f} ms"
 
 
 def _limit(probe: Probe) -> str:
     limit = probe.env.step_limit
-    if limit > 1000:
-        raise SkippedError(f"step limit {limit} is too far away")
     probe.start(probe.tasks[0])
+    probe.played = 1
     for step in range(1, limit + 1):
+        if step > 1000 or probe.late():
+            raise SkippedError(f"step limit {limit} is too far away: {step - 1} steps taken")
         result = probe.env.act("")
         if result.terminated:
             return f"ended by itself after {step} empty actions"
-        _need(result.truncated == (step == limit), f"truncated={result.truncated} at step {step}")
+        need(result.truncated == (step == limit), f"truncated={result.truncated} at step {step}")
     return f"truncated at step {limit}"
 
 
-def _speed(probe: Probe) -> str:
-    rng, steps, spent, number = Random(probe.seed), 0, 0.0, 0
-    while spent < probe.seconds:
-        probe.start(probe.tasks[number % len(probe.tasks)])
-        number += 1
-        ended = False
-        while not ended and spent < probe.seconds:
-            action = _any_action(probe.env, rng)
-            begun = time.perf_counter()
-            *_, terminated, truncated, _ = probe.env.step(action)
-            spent += time.perf_counter() - begun
-            steps, ended = steps + 1, terminated or truncated
-    return f"{steps / spent:,.0f} steps/s" if steps else "not measured"
-
+UNLIKELY = 0.01
+"""An expert is worse than it is known to be when its successes are less probable than this."""
 
 CHECKS: dict[str, Callable[[Probe], str]] = {
     "card": _card,
     "tasks": _tasks,
     "gymnasium": _gymnasium,
     "replay": _replay,
-    "processes": _processes,
+    "processes": strain.processes,
+    "threads": strain.threads,
     "snapshot": _snapshot,
     "limit": _limit,
     "hostile": _hostile,
     "expert": _expert,
     "optimal": _optimal,
     "random": _random,
-    "speed": _speed,
+    "speed": strain.speed,
+    "leaks": strain.leaks,
 }
-"""Name → check, in the order in which they run."""
+"""Name → check, in the order in which they run; the last one closes the environment."""

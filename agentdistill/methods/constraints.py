@@ -56,6 +56,12 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "methods whose actor is data need a collect stage as data, the others refuse one",
     ),
     Constraint(
+        "turns",
+        "turns, axes.actor",
+        lambda run, stage, axes: stage.turns is not None and axes.actor == "data",
+        "recorded episodes are counted in tasks; remove turns",
+    ),
+    Constraint(
         "fixed",
         "axes.start.turns",
         lambda run, stage, axes: axes.start.kind == "fixed" and axes.start.turns is None,

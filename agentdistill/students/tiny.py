@@ -14,12 +14,15 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from agentdistill import actions
-from agentdistill.config import TinyModel, TokenizerConfig
+from agentdistill.config import PromptConfig, TinyModel, TokenizerConfig
 from agentdistill.envs.base import TextEnv
 from agentdistill.policy import derive_seed
+from agentdistill.wording import Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+_PLAIN = PromptConfig()
 
 SYSTEM, USER, ASSISTANT, END, PAD = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 
@@ -35,23 +38,34 @@ CHAT_TEMPLATE = (
 """Two tokens of overhead a turn, prefix-preserving, with generation marks for trl's SFT."""
 
 
-def corpus(env: TextEnv, grammar: str, episodes: int, seed: int) -> Iterator[str]:
-    """Texts of ``episodes`` training episodes, half random and half expert."""
+def corpus(
+    env: TextEnv, grammar: str, episodes: int, seed: int, prompt: PromptConfig = _PLAIN
+) -> Iterator[str]:
+    """Texts of ``episodes`` training episodes, half random and half expert, as ``prompt`` says."""
+    words = Wording(prompt, env.instruction)
     yield env.instruction
+    if words.system not in ("", env.instruction):
+        yield words.system
     tasks = islice(env.tasks(env.card.splits[0], seed=derive_seed(seed, "corpus")), episodes)
     for number, task in enumerate(tasks):
         observation, _ = env.reset(options={"task": task})
         generator = random.Random(derive_seed(seed, "corpus", number))
-        yield observation
-        for _ in range(env.step_limit):
+        past: list[str] = []
+        for step in range(1, env.step_limit + 1):
             expert = env.expert_action() if number % 2 else None
             choices = env.admissible() or ["wait"]
+            history = "".join(past[words.first(len(past)) :])
+            yield words.message(
+                observation, step=step, goal=env.goal, admissible=choices, history=history
+            )
             action = expert or generator.choice(choices)
             yield actions.write(grammar, (action,))
+            past.append(words.entry(observation, (action,), step=step))
             result = env.act(action)
-            yield result.observation
+            observation = result.observation
             if result.terminated or result.truncated:
                 break
+        yield observation
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrainedTokenizerFast:

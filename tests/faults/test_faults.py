@@ -15,10 +15,11 @@ from agentdistill import advantage, divergence, optimise, views
 from agentdistill import table as tables
 from agentdistill.engines.base import Engine
 from agentdistill.engines.hf import HFEngine
+from agentdistill.frames import Frames
 from agentdistill.objective import Term
 from agentdistill.policy import ModelPolicy
 from agentdistill.records import Author, StreamBuilder
-from agentdistill.render import Conversation, Frames, Reply
+from agentdistill.render import Conversation, Reply
 from agentdistill.table import Table
 from agentdistill.teachers import scorer
 from agentdistill.views import View
@@ -137,13 +138,13 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     true = Conversation.ask
 
-    def ask(self: Conversation, observation: str) -> Any:
-        kept = self._observations, self._replies
-        self._observations, self._replies = kept[0][1:], kept[1][1:]
+    def ask(self: Conversation, observation: str, admissible: Any = ()) -> Any:
+        kept = self._shown, self._replies
+        self._shown, self._replies = kept[0][1:], kept[1][1:]
         try:
-            return true(self, observation)
+            return true(self, observation, admissible)
         finally:
-            self._observations, self._replies = kept
+            self._shown, self._replies = kept
 
     patch.setattr(Conversation, "ask", ask)
 

@@ -1,0 +1,53 @@
+"""The one configuration object: everything a run does, checked before it starts.
+
+``schema.py`` has the sections, ``prompts.py`` how episodes are shown, ``loading.py`` the way from a
+file to the object.
+"""
+
+from agentdistill.config.loading import load, read
+from agentdistill.config.prompts import PROMPTS, PromptConfig, Section, prompt
+from agentdistill.config.schema import (
+    Beta,
+    CollectStage,
+    EnvConfig,
+    EvaluateConfig,
+    LimitsConfig,
+    LocalModel,
+    LoraConfig,
+    ModelConfig,
+    ModelName,
+    Over,
+    RunConfig,
+    SamplingConfig,
+    StageConfig,
+    StageName,
+    TinyModel,
+    TokenizerConfig,
+    TrainStage,
+)
+
+__all__ = [
+    "PROMPTS",
+    "Beta",
+    "CollectStage",
+    "EnvConfig",
+    "EvaluateConfig",
+    "LimitsConfig",
+    "LocalModel",
+    "LoraConfig",
+    "ModelConfig",
+    "ModelName",
+    "Over",
+    "PromptConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "Section",
+    "StageConfig",
+    "StageName",
+    "TinyModel",
+    "TokenizerConfig",
+    "TrainStage",
+    "load",
+    "prompt",
+    "read",
+]

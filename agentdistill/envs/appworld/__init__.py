@@ -1,0 +1,1 @@
+"""AppWorld: everyday apps driven by code, in a virtual environment of its own."""

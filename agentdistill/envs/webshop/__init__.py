@@ -1,0 +1,1 @@
+"""WebShop: shopping in a catalogue by searches and clicks."""
