@@ -140,7 +140,7 @@ def test_one_extra_is_enough_and_brings_no_torch(
 ) -> None:
     if extra == "scienceworld" and shutil.which("java") is None:
         pytest.skip("needs a Java runtime: no `java` on PATH")
-    for name in ("ALFWORLD_DATA", "WEBSHOP_DATA", "XDG_CACHE_HOME"):
+    for name in ("ALFWORLD_DATA", "WEBSHOP_DATA", "AGENTDISTILL_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "cache"))
     python = _venv(wheel, tmp_path / "venv", extra)
     script = tmp_path / "checked.py"
