@@ -115,7 +115,8 @@ import sys
 from importlib.util import find_spec
 from agentdistill.envs.check import check_env
 if __name__ == "__main__":  # an environment's worker imports this again where it is spawned
-    report = check_env(sys.argv[1], episodes=1, seconds=0.1)
+    options = {"tasks": ["find-animal"]} if "Science" in sys.argv[1] else {}
+    report = check_env(sys.argv[1], episodes=1, seconds=0.1, budget=4, kwargs=options)
     print(report)
     heavy = [name for name in ("torch", "transformers", "vllm") if name in sys.modules or find_spec(name)]
     print("heavy:", heavy)

@@ -4,8 +4,8 @@
     report(["runs/quickstart"])
 
 ``read`` reads the folders, ``sample`` chooses trajectories, ``score`` asks student and teacher
-about their tokens, ``figures`` and ``charts`` make the charts, ``cards`` the trajectories, ``page``
-the file. Nothing in a run folder is changed, except that the file may be put there.
+about their tokens; ``figures``, ``bins`` and ``charts`` the charts, ``cards`` the trajectories,
+``page`` the file. Nothing in a run folder is changed, except that the file may be put there.
 """
 
 from __future__ import annotations

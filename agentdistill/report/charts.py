@@ -4,8 +4,7 @@ The template puts lines and cells into an SVG that is stretched to its place, an
 HTML, so that a chart fits a phone without its letters shrinking. A plotting library would bring
 megabytes of script into every report, or pictures that nobody can point at.
 
-Invariants: a chart that has no numbers is None; a mean goes over seeds, each seed counting once,
-and the band is their smallest and largest; every number that is drawn can also be read.
+Invariants: a chart that has no numbers is None; every number that is drawn can also be read.
 """
 
 from __future__ import annotations
@@ -17,30 +16,14 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from agentdistill.report.bins import Floats, Point, Tracks, bounds, over_seeds
 from agentdistill.report.words import NOTHING, count, number, percent, short
 
 BINS, CELLS, ROWS = 40, 24, 30
 """At most so many points of a line, columns of a heat map, and rows of one."""
 SHADES = 9
 """Colours of a heat map."""
-
-Floats = npt.NDArray[np.float64]
-Track = Sequence[tuple[float, float]]
-"""(x, y) of one seed, one pair per iteration."""
-Tracks = Sequence[Track]
-"""One track per seed."""
-
-
-class Point(NamedTuple):
-    """Over the seeds: mean, smallest, largest, and how many there were."""
-
-    x: float
-    mean: float
-    low: float
-    high: float
-    seeds: int
 
 
 class Tick(NamedTuple):
@@ -132,8 +115,10 @@ def line_chart(
     tracks = {label: seeds for label, seeds in tracks.items() if any(seeds)}
     if not tracks:
         return None
-    edges = _edges([track for seeds in tracks.values() for track in seeds], BINS)
-    bands = {label: _band(seeds, edges) for label, seeds in tracks.items()}
+    found = [[track for track in seeds if track] for seeds in tracks.values()]
+    shared = [track for seeds in found for track in seeds if len(seeds) > 1]
+    edges = bounds([track for seeds in found for track in seeds], BINS, shared)
+    bands = {label: over_seeds(seeds, edges) for label, seeds in tracks.items()}
     points = [point for band in bands.values() for point in band if point]
     low = 0.0 if unit == "rate" else min(0.0, *(point.low for point in points))
     high = 1.0 if unit == "rate" else max(point.high for point in points)
@@ -169,43 +154,6 @@ class _Frame(NamedTuple):
 
     def y(self, value: float) -> float:
         return round(100 * (self.top - value) / (self.top - self.bottom), 2)
-
-
-def _edges(tracks: Tracks, most: int) -> list[float]:
-    """Bounds of bins of equal width from 0 to the largest x."""
-    width = max(x for track in tracks for x, _ in track) or 1.0
-    size = max(1, min(most, max(len(track) for track in tracks)))
-    return [width * place / size for place in range(size + 1)]
-
-
-def _binned(track: Track, edges: Sequence[float]) -> tuple[Floats, Floats]:
-    """Mean x and y of one seed in each bin, NaN where there is nothing."""
-    xs, ys = np.asarray(track, np.float64).reshape(-1, 2).T
-    size = len(edges) - 1
-    # A bin holds its upper bound: the last iteration ends at the right edge.
-    where = np.clip(np.searchsorted(edges, xs, side="left") - 1, 0, size - 1)
-    counts = np.bincount(where, minlength=size).astype(float)
-    counts[counts == 0] = np.nan
-    return (
-        np.bincount(where, xs, minlength=size) / counts,
-        np.bincount(where, ys, minlength=size) / counts,
-    )
-
-
-def _band(seeds: Tracks, edges: Sequence[float]) -> list[Point | None]:
-    """One point per bin, None where no seed has one."""
-    found = [_binned(track, edges) for track in seeds if track]
-    xs, ys = (np.stack([pair[axis] for pair in found]) for axis in (0, 1))
-    band: list[Point | None] = []
-    for place in range(ys.shape[1]):
-        values = ys[:, place][~np.isnan(ys[:, place])]
-        if not len(values):
-            band.append(None)
-            continue
-        x = float(np.nanmean(xs[:, place]))
-        low, high = float(values.min()), float(values.max())
-        band.append(Point(x, float(values.mean()), low, high, len(values)))
-    return band
 
 
 def _line(label: str, band: Sequence[Point], frame: _Frame, tone: int) -> Line:
@@ -315,7 +263,7 @@ def _grid(
     """Bounds of the columns, turns per row, and the mean of each cell [rows, columns]."""
     depth = max((len(values) for track in seeds for _, values in track), default=0)
     step = math.ceil(depth / ROWS) or 1
-    edges = _edges([[(x, 0.0) for x, _ in track] for track in seeds if track], CELLS)
+    edges = bounds([[(x, 0.0) for x, _ in track] for track in seeds if track], CELLS)
     size = math.ceil(depth / step)
     grid = np.full((size, len(edges) - 1), np.nan)
     for row in range(size):
@@ -329,7 +277,7 @@ def _grid(
             for track in seeds
         ]
         if any(tracks):
-            grid[row] = [p.mean if p else np.nan for p in _band(tracks, edges)]
+            grid[row] = [p.mean if p else np.nan for p in over_seeds(tracks, edges)]
     return edges, step, grid
 
 

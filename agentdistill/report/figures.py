@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentdistill.report.charts import Chart, Track, Tracks, heat_maps, line_chart
+from agentdistill.report.bins import Track, Tracks
+from agentdistill.report.charts import Chart, heat_maps, line_chart
 from agentdistill.report.read import RunData, StageData
 from agentdistill.report.sample import Facts
 from agentdistill.report.words import duration
@@ -48,11 +49,16 @@ class Spent:
 
 def stages(runs: Sequence[RunData]) -> Rows:
     """Stages by name."""
-    return {stage.name: [run.stages[place] for run in runs] for place, stage in _numbered(runs)}
+    return {
+        stage.name: [run.stages[place] for run in runs]
+        for place, stage in enumerate(runs[0].stages)
+    }
 
 
-def _numbered(runs: Sequence[RunData]) -> list[tuple[int, StageData]]:
-    return list(enumerate(runs[0].stages))
+def _logged(rows: Rows) -> list[str]:
+    """Everything that some stage logged, by name."""
+    lines = (line for row in rows.values() for stage in row for line in stage.metrics)
+    return list(dict.fromkeys(key for line in lines for key in line))
 
 
 def curves(rows: Rows) -> list[Chart]:
@@ -88,8 +94,7 @@ def curves(rows: Rows) -> list[Chart]:
 
 def _tuning(rows: Rows) -> dict[str, str]:
     """Keys of the evaluations during training, with titles."""
-    keys = dict.fromkeys(key for row in rows.values() for s in row for m in s.metrics for key in m)
-    chosen = [key for key in keys if key.startswith("tune/") and not key.endswith("invalid")]
+    chosen = [k for k in _logged(rows) if k.startswith("tune/") and not k.endswith("invalid")]
     return {key: f"{key.split('/')[2].capitalize()}, {key.split('/')[1]}" for key in chosen}
 
 
@@ -166,9 +171,8 @@ def by_turn(rows: Rows) -> dict[str, list[Chart]]:
     ``divergence_by_turn`` is TCOD's diagnostic; a method that weights turns logs its weights under
     another name that ends in ``_by_turn``.
     """
-    keys = dict.fromkeys(key for row in rows.values() for s in row for m in s.metrics for key in m)
     found = {}
-    for key in sorted(key for key in keys if key.endswith("_by_turn")):
+    for key in sorted(key for key in _logged(rows) if key.endswith("_by_turn")):
         axes = {name: _axis({name: row}) for name, row in rows.items()}
         values = {
             name: [

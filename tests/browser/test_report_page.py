@@ -9,7 +9,7 @@ import pytest
 from agentdistill import api
 from agentdistill.report import report
 from tests.browser.screenshots import DESKTOP, PHONE, browser, open_card, opened, picture
-from tests.test_report import hostile_trajectory, plant, recipe
+from tests.reports import hostile_trajectory, plant, recipe
 
 pytestmark = pytest.mark.browser
 WIDTHS = (PHONE, DESKTOP)
