@@ -149,8 +149,11 @@ def test_one_extra_is_enough_and_brings_no_torch(
     print(_check(_run(python, script, EXTRAS[extra], cwd=tmp_path)))
 
 
-def test_what_is_missing_is_said_by_name(bin_dir: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_said_by_name(
+    bin_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The base install lists every environment and says how to get the rest of it."""
+    monkeypatch.setenv("AGENTDISTILL_HOME", str(tmp_path / "home"))
     found = json.loads(_check(_run(bin_dir / "agentdistill", "envs", "--json", cwd=tmp_path)))
     text = json.dumps(found)
     for extra, name in EXTRAS.items():
