@@ -9,18 +9,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agentdistill.api import collect, distill, evaluate, train
+    from agentdistill.api import collect, compare, distill, evaluate, reproduce, train
     from agentdistill.callbacks import Callback
     from agentdistill.config import RunConfig, load
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["Callback", "RunConfig", "collect", "distill", "evaluate", "load", "train"]
+__all__ = [
+    "Callback",
+    "RunConfig",
+    "collect",
+    "compare",
+    "distill",
+    "evaluate",
+    "load",
+    "reproduce",
+    "train",
+]
 
 _PLACES = {
     "collect": "agentdistill.api",
+    "compare": "agentdistill.api",
     "distill": "agentdistill.api",
     "evaluate": "agentdistill.api",
+    "reproduce": "agentdistill.api",
     "train": "agentdistill.api",
     "Callback": "agentdistill.callbacks",
     "RunConfig": "agentdistill.config",

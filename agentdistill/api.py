@@ -5,6 +5,8 @@ import agentdistill as ad
 outcome = ad.distill("recipe.yaml", overrides=["seed=1"])
 episodes = ad.collect(env="agentdistill/Sokoban-v0", policy="expert", episodes=100)
 result = ad.evaluate("recipe.yaml", policy="distilled", mode="greedy")
+found = ad.compare("runs/a", "runs/b", policy="distilled")
+again = ad.reproduce("runs/a/results.json")
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from agentdistill.callbacks import Callback
+from agentdistill.comparison import Comparison, Paths
 from agentdistill.config import CollectStage, RunConfig, TrainStage, load
 from agentdistill.errors import ConfigError
 from agentdistill.evaluation import Result
 from agentdistill.recipe import Outcome, execute
 from agentdistill.records import Trajectory
+from agentdistill.reproduction import Reproduction
 
 Source = str | Path | Mapping[str, Any] | RunConfig
 
@@ -120,3 +124,41 @@ def evaluate(
     the_run = validate(loaded.model_copy(update={"evaluate": section}))
     known = modes(policy, section)
     return play(the_run, policy, known[0] if known == ["-"] else mode, section)
+
+
+def compare(
+    first: Paths,
+    second: Paths | None = None,
+    policy: str | Sequence[str] | None = None,
+    mode: str | None = None,
+) -> Comparison:
+    """Compare two policies on the same tasks, or with replicates on both sides two methods.
+
+    Args:
+        first: a run folder or file of results, several (replicates), or a folder of run folders.
+        second: the other side; None is the first again, for two policies of the same runs.
+        policy: its name, or the names on the two sides; None where each side trained just one.
+        mode: ``sampled`` or ``greedy``; None takes the sampled one where there is one.
+    """
+    from agentdistill.comparison import compare as work
+
+    return work(first, second, policy, mode)
+
+
+def reproduce(
+    result: str | Path,
+    policy: str | Sequence[str] | None = None,
+    mode: str | None = None,
+    overrides: Sequence[str] = (),
+) -> list[Reproduction]:
+    """Play results again: identical, within two standard errors, or outside.
+
+    Args:
+        result: results.json of a run, its folder, or a file of ``agentdistill eval --output``.
+        policy: only this one, or these.
+        mode: ``sampled`` or ``greedy`` only.
+        overrides: ``key.path=value`` strings, for places on this machine.
+    """
+    from agentdistill.reproduction import reproduce as work
+
+    return work(result, policy, mode, overrides)

@@ -64,6 +64,12 @@ class Result:
         """As plain JSON."""
         return asdict(self)
 
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> Result:
+        """From plain JSON; the columns by task are empty where it lacks them (results.json)."""
+        columns = {key: tuple(values.get(key, ())) for key in ("keys", "outcomes")}
+        return cls(**{**values, **columns, "interval": Interval(*values["interval"])})
+
 
 def modes(name: str, config: EvaluateConfig) -> list[str]:
     """The modes in which policy ``name`` plays."""

@@ -26,8 +26,7 @@ from agentdistill.evaluation import Result, evaluate, modes
 from agentdistill.files import write_text
 from agentdistill.methods.constraints import check
 from agentdistill.methods.index import get
-from agentdistill.metrics import Interval
-from agentdistill.panel import for_tuning, of_config
+from agentdistill.panel import for_tuning, of_config, tuning_part
 from agentdistill.run import Run, need_torch
 
 
@@ -69,8 +68,8 @@ def validate(config: RunConfig) -> Run:
             check(config, stage, get(stage.method).resolve(stage.axes))
             need_torch("training")
             if stage.evaluate_every:
-                if card.split("tune") not in known:
-                    remedy = f"needs a split tune; this environment has {', '.join(known)}"
+                if card.split(part := tuning_part(config)) not in known:
+                    remedy = f"needs a split {part}; this environment has {', '.join(known)}"
                     key = f"stages.{stage.name}.evaluate_every"
                     raise ConfigError(remedy, key=key, value=stage.evaluate_every)
                 for_tuning(config, the_run.env)
@@ -196,10 +195,8 @@ def _results(the_run: Run) -> tuple[Result, ...]:
     found = []
     for policy in dict.fromkeys(config.policies):
         for mode in modes(policy, config):
-            values = json.loads(_evaluation(the_run, policy, mode).read_text())
-            values["interval"] = Interval(*values["interval"])
-            values["keys"], values["outcomes"] = tuple(values["keys"]), tuple(values["outcomes"])
-            found.append(Result(**values))
+            text = _evaluation(the_run, policy, mode).read_text()
+            found.append(Result.of_json(json.loads(text)))
     return tuple(found)
 
 

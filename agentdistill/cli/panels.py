@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agentdistill.cli.base import EnvOptions, Json, app, document
+from agentdistill.cli.base import EnvOptions, Json, app, document, need
 from agentdistill.errors import ConfigError
 
 if TYPE_CHECKING:
-    from agentdistill.panel import Reference
+    from agentdistill.panel import Panel, Reference
     from agentdistill.records import Trajectory
 
 panels = typer.Typer(rich_markup_mode=None, help="List panels, or show, make or check one.")
 app.add_typer(panels, name="panels")
+
+STUDENT = "student"
+"""The reference that is trained from a recipe."""
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A built-in panel, or a panel's file.")]
 Policies = Annotated[
@@ -47,11 +50,12 @@ def list_panels(ctx: typer.Context, as_json: Json = False) -> None:
             each.env,
             each.split,
             str(len(each.tasks)),
-            *(_rate(each.references.get(policy)) for policy in panel.POLICIES),
+            *(_rate(each.references.get(policy)) for policy in (*panel.POLICIES, STUDENT)),
         ]
         for each in found
     ]
-    display.show(("name", "environment", "split", "tasks", *panel.POLICIES), lines, left=3)
+    columns = ("name", "environment", "split", "tasks", *panel.POLICIES, STUDENT)
+    display.show(columns, lines, left=3)
 
 
 def _rate(reference: Reference | None) -> str:
@@ -98,6 +102,10 @@ def make_panel(
         list[str] | None, typer.Option(help="What a reader should know; repeatable.")
     ] = None,
     policy: Policies = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", help="Also a reference that this recipe trains (student)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Choose tasks, let the scripted policies play them, and write both to a file."""
@@ -131,6 +139,9 @@ def make_panel(
         with _watching(each, tasks) as watch:
             references[each] = panel.score(found, each, options=options, on_end=watch)
         print(f"{each}: {_said(references[each])}", file=sys.stderr)
+    if checkpoint:
+        references[STUDENT] = _train(found, checkpoint, options)
+        print(f"{STUDENT}: {_said(references[STUDENT])}", file=sys.stderr)
     found = found.model_copy(update={"references": references})
     panel.save(found, output)
     if as_json:
@@ -153,6 +164,14 @@ def _known(policies: Sequence[str] | None) -> None:
             raise ConfigError(f"one of {', '.join(POLICIES)}", key="--policy", value=policy)
 
 
+def _train(found: Panel, recipe: str, options: Mapping[str, Any]) -> Reference:
+    """The reference checkpoint of ``recipe``, trained here; progress goes to stderr."""
+    from agentdistill import display, reproduction
+
+    with display.progress([], stderr=True) as bars:
+        return reproduction.checkpoint(found, recipe, options=options, callbacks=[bars])
+
+
 def _said(found: Reference) -> str:
     words = f"success {_rate(found)} of {found.episodes}, score {found.score:.3f}"
     faults = f", {found.faults} faults" if found.faults else ""
@@ -168,6 +187,9 @@ def check_panel(
     tasks: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many tasks. Default: all.")
     ] = None,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint", help="Also train the reference checkpoint again.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Play a panel's references again; exit with 1 when they are not reproduced."""
@@ -179,6 +201,7 @@ def check_panel(
 
     found = panel.load(name)
     options = load({}, [f"env.options.{text}" for text in option or ()]).env.options
+    recipe = _recipe(found) if checkpoint else ""
     with closing(found.make_env(options)) as env:
         problems = [*env.availability().needs]
         problems = problems or panel.check(found, env, {**found.options, **options})
@@ -192,6 +215,8 @@ def check_panel(
                 return stack.enter_context(_watching(each, number))
 
             replays = panel.reproduces(found, policy, options=options, tasks=number, on_end=watch)
+        if recipe:
+            replays.append(panel.judge(found, STUDENT, _train(found, recipe, options)))
     good = not problems and all(replay.status != "differs" for replay in replays)
     if as_json:
         lines = [_plain(asdict(replay), replay.found) for replay in replays]
@@ -204,6 +229,16 @@ def check_panel(
         print(f"{found.name}: {'ok' if good else 'FAILED'}")
     if not good:
         raise typer.Exit(1)
+
+
+def _recipe(found: Panel) -> str:
+    """What trains the reference checkpoint of ``found``; refused where there is none."""
+    known = found.references.get(STUDENT)
+    if known is None or not known.recipe:
+        remedy = "this panel has no reference checkpoint; `panels make --checkpoint` adds one"
+        raise ConfigError(remedy, key="--checkpoint", value=found.name)
+    need("--checkpoint", "torch", "transformers")
+    return known.recipe
 
 
 def _plain(values: dict[str, Any], found: Reference) -> dict[str, Any]:

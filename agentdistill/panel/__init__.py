@@ -5,10 +5,20 @@
 """
 
 from agentdistill.panel.file import Panel, PanelTask, Reference, load, names, requests, save
-from agentdistill.panel.make import check, deviations, for_tuning, make, of_config
-from agentdistill.panel.play import POLICIES, Replay, reproduces, score
+from agentdistill.panel.make import (
+    FREE,
+    check,
+    deviations,
+    for_tuning,
+    lasting,
+    make,
+    of_config,
+    tuning_part,
+)
+from agentdistill.panel.play import POLICIES, Replay, judge, reproduces, score
 
 __all__ = [
+    "FREE",
     "POLICIES",
     "Panel",
     "PanelTask",
@@ -17,6 +27,8 @@ __all__ = [
     "check",
     "deviations",
     "for_tuning",
+    "judge",
+    "lasting",
     "load",
     "make",
     "names",
@@ -25,4 +37,5 @@ __all__ = [
     "requests",
     "save",
     "score",
+    "tuning_part",
 ]

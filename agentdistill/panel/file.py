@@ -35,7 +35,7 @@ class PanelTask(Section):
 
 
 class Reference(Section):
-    """What a scripted policy did on all tasks of a panel, or on the first of them."""
+    """What a policy did on all tasks of a panel, or on the first of them."""
 
     episodes: int
     """Those without faults; the rates are over them."""
@@ -50,7 +50,11 @@ class Reference(Section):
     """Whether a second time gave the same episodes (the first few were played twice)."""
     digests: str
     """A word per episode, in the order of the tasks; "fault" for those that were lost."""
+    recipe: str = ""
+    """Rebuilds the policy from a seed, for one that is trained: a recipe of the package, or a file.
+    Its numbers are wanted within two standard errors, not episode by episode."""
     seconds: float
+    """Of playing."""
     commit: str
     machine: str
     date: str
@@ -76,6 +80,9 @@ class Panel(Section):
     notes: list[str] = Field(default_factory=list)
     split: str
     """The environment's own name of the part."""
+    tune: str = "tune"
+    """Part, or role, from which decisions while training are made: tasks of it are drawn with the
+    panel's seed, as many as the panel has where there are so many. None of them is the panel's."""
     max_steps: int
     """Environment steps after which an episode is truncated."""
     max_turns: int | None = None

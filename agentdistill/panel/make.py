@@ -63,7 +63,7 @@ def make(
         name=name,
         env=card.id,
         target="" if target == card.id else target,
-        options=_lasting(options or {}),
+        options=lasting(options or {}),
         free=list(free),
         version=card.version,
         data=card.data,
@@ -81,8 +81,8 @@ def make(
     )
 
 
-def _lasting(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` as a file can hold them, without places on this machine."""
+def lasting(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` as a file can hold them, without places on this machine (paths)."""
     found = {name: value for name, value in options.items() if not _is_place(value)}
     return dict(json.loads(json.dumps(found, default=str)))
 
@@ -118,7 +118,7 @@ def check(panel: Panel, env: TextEnv, options: Mapping[str, Any] | None = None) 
         found += _other_data(panel, env)
     if options is not None:
         usual = _defaults(env)
-        wanted, given = ({**usual, **_lasting(each)} for each in (panel.options, options))
+        wanted, given = ({**usual, **lasting(each)} for each in (panel.options, options))
         found += [
             f"option {name}: {wanted.get(name)!r} in the panel, {given.get(name)!r} here"
             for name in sorted({*wanted, *given} - {*FREE, *panel.free, "max_steps"})
@@ -150,7 +150,7 @@ def _defaults(env: TextEnv) -> dict[str, Any]:
         if "__init__" in vars(kind) and issubclass(kind, TextEnv):
             found = inspect.signature(kind.__init__).parameters.values()
             usual.update({p.name: p.default for p in found if p.default is not p.empty})
-    return _lasting(usual)
+    return lasting(usual)
 
 
 def of_config(config: RunConfig, evaluate: EvaluateConfig, env: TextEnv) -> Panel:
@@ -181,19 +181,31 @@ def of_config(config: RunConfig, evaluate: EvaluateConfig, env: TextEnv) -> Pane
     return panel
 
 
+def tuning_part(config: RunConfig) -> str:
+    """The part, or role, from which decisions while training are made."""
+    panel = config.evaluate.panel
+    return "tune" if panel is None else load(panel).tune
+
+
 def for_tuning(config: RunConfig, env: TextEnv) -> Panel:
     """The tasks of the tune split that are played while training, as many as in the evaluation.
 
     Raises:
         ConfigError: the split has fewer than ``evaluate.tasks``; beside a named panel, whose size
-            nobody chose, fewer will do.
+            nobody chose, fewer will do. Or some are the panel's own.
     """
     evaluate = config.evaluate
     named = None if evaluate.panel is None else load(evaluate.panel)
     number, seed = (len(named.tasks), named.seed) if named else (evaluate.tasks, evaluate.seed)
+    part = tuning_part(config)
     if named:
-        number = len(draw(env, "tune", number, seed, fewer=True))
-    panel = make(env, "tune", number, seed)
+        number = len(draw(env, part, number, seed, fewer=True))
+    panel = make(env, part, number, seed)
+    if named and (shared := {task.key for task in named.tasks} & {t.key for t in panel.tasks}):
+        remedy = (
+            f"{len(shared)} of the tasks for tuning are the panel's own; name another tune part"
+        )
+        raise ConfigError(remedy, key="evaluate.panel", value=evaluate.panel)
     return panel.model_copy(update={"max_turns": config.env.max_turns})
 
 

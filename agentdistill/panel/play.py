@@ -1,4 +1,4 @@
-"""Scripted policies on a panel: references, and playing them again.
+"""Policies on a panel: references, and playing them again.
 
 Invariants: a reference says what a policy did, episode by episode (a digest of all that was seen
 and done), so that a difference can be named; faults are counted apart and are in no rate.
@@ -23,6 +23,7 @@ from agentdistill.policy import ExpertPolicy, Policy, RandomPolicy
 from agentdistill.records import Trajectory, digest
 from agentdistill.rollout import rollout, run
 from agentdistill.run import machine
+from agentdistill.statistics import tolerance
 
 POLICIES: dict[str, Callable[[], Policy]] = {"expert": ExpertPolicy, "random": RandomPolicy}
 """The scripted policies, which need no model."""
@@ -35,7 +36,7 @@ Watch = Callable[[Trajectory], None]
 
 def score(
     panel: Panel,
-    policy: str,
+    policy: str | Policy,
     *,
     options: Mapping[str, Any] | None = None,
     tasks: int | None = None,
@@ -43,11 +44,11 @@ def score(
     concurrency: int = 256,
     on_end: Watch | None = None,
 ) -> Reference:
-    """Let a scripted policy play ``panel``.
+    """Let a policy play ``panel``.
 
     Args:
         panel: the panel.
-        policy: ``expert`` or ``random``.
+        policy: ``expert`` or ``random``, or one that is at hand.
         options: places on this machine, for the environment.
         tasks: only the first so many; None plays all.
         repeat: so many are played twice, to see whether the policy is exact.
@@ -58,8 +59,7 @@ def score(
         ConfigError: unknown policy, or the environment is not the panel's.
         EnvError: the environment cannot run here.
     """
-    if policy not in POLICIES:
-        raise ConfigError(f"one of {', '.join(POLICIES)}", key="policy", value=policy)
+    player = _scripted(policy) if isinstance(policy, str) else policy
     began = time.monotonic()
     create = partial(panel.make_env, options)
     with closing(create()) as env:
@@ -69,7 +69,7 @@ def score(
             raise ConfigError("; ".join(problems), key="panel", value=panel.name)
     wanted = panel.requests()[:tasks]
     pool: list[TextEnv] = []
-    play = partial(rollout, POLICIES[policy](), create, concurrency=concurrency, pool=pool)
+    play = partial(rollout, player, create, concurrency=concurrency, pool=pool)
     try:
         played = run(play(wanted, max_turns=panel.max_turns, on_end=on_end))
         words = [_word(trajectory) for trajectory in played]
@@ -79,6 +79,12 @@ def score(
             env.close()
     exact = bool(again) and [_word(trajectory) for trajectory in again] == words[: len(again)]
     return _summary(played, words, exact, time.monotonic() - began)
+
+
+def _scripted(name: str) -> Policy:
+    if name not in POLICIES:
+        raise ConfigError(f"one of {', '.join(POLICIES)}", key="policy", value=name)
+    return POLICIES[name]()
 
 
 def _word(trajectory: Trajectory) -> str:
@@ -121,7 +127,8 @@ class Replay:
     Attributes:
         policy: whose.
         status: ``identical`` (episode by episode), ``within`` (a policy that is not exact, whose
-            rate is within the interval) or ``differs``.
+            rate is within the interval; one that was trained again, within two standard errors)
+            or ``differs``.
         message: what was seen.
         found: the new numbers.
     """
@@ -144,7 +151,7 @@ def reproduces(
 
     Args:
         panel: the panel.
-        policies: whose; None plays all that it has.
+        policies: whose; None plays all scripted ones that it has.
         options: places on this machine, for the environment.
         tasks: only the first so many.
         on_end: gives, for a policy, what is told of every episode as it ends.
@@ -153,17 +160,19 @@ def reproduces(
         ConfigError: the panel has no such reference, or the environment is not the panel's.
     """
     found = []
-    for policy in panel.references if policies is None else policies:
+    scripted = [name for name, known in panel.references.items() if not known.recipe]
+    for policy in scripted if policies is None else policies:
         if policy not in panel.references:
             known = ", ".join(panel.references) or "none"
             raise ConfigError(f"no such reference; known: {known}", key="policy", value=policy)
         watch = None if on_end is None else on_end(policy)
         new = score(panel, policy, options=options, tasks=tasks, repeat=0, on_end=watch)
-        found.append(_compare(panel, policy, new))
+        found.append(judge(panel, policy, new))
     return found
 
 
-def _compare(panel: Panel, policy: str, new: Reference) -> Replay:
+def judge(panel: Panel, policy: str, new: Reference) -> Replay:
+    """Whether ``new`` reproduces the reference of ``policy``, on the same first tasks."""
     known = panel.references[policy]
     words = new.digests.split()
     pairs = zip(known.digests.split(), words, panel.tasks, strict=False)
@@ -177,7 +186,11 @@ def _compare(panel: Panel, policy: str, new: Reference) -> Replay:
     whole = len(words) == len(panel.tasks)
     (low, high), rate = (known.interval, new.success) if whole else (new.interval, known.success)
     within = new.episodes > 0 and low <= rate <= high
+    if known.recipe:
+        allowed = tolerance(known.success, known.episodes, new.success, new.episodes)
+        within = new.episodes > 0 and abs(known.success - new.success) <= allowed
     said += f"; success {new.success:.1%}, in the panel {known.success:.1%}"
-    if known.exact or not within:
+    if not within or (known.exact and not known.recipe):
         return Replay(policy, "differs", said, new)
-    return Replay(policy, "within", f"{said}: within the interval", new)
+    what = "two standard errors" if known.recipe else "the interval"
+    return Replay(policy, "within", f"{said}: within {what}", new)
