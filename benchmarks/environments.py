@@ -38,7 +38,7 @@ from typing import Any
 from common import RESULTS, facts, finished, in_turns, save, show, spread
 from players import OURS, RIVALS, Ours, Player, Rival, first, plan
 
-PACKAGES = ("alfworld", "textworld", "scienceworld", "bm25s", "psutil")
+PACKAGES = ("alfworld", "textworld", "scienceworld", "rapidfuzz", "psutil")
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +236,7 @@ def compare(env: str, size: Size, folder: Path) -> dict[str, Any]:
         "slots": told["slots"],
         "tasks": len(told["plan"]),
         "cost": {name: cost(notes) for name, notes in runs.items()},
-        "success": success,
+        "success": {k: v for k, v in success.items() if k not in ("result", "weights")},
     }
     if absent:
         return {**found, "upstream": absent}
