@@ -447,6 +447,15 @@ def test_tuning_beside_a_panel_takes_what_the_tune_split_has(tmp_path: Path) -> 
         panel.for_tuning(alone, Official())
 
 
+def test_a_panel_says_where_tuning_tasks_come_from_and_keeps_its_own(tmp_path: Path) -> None:
+    found = a_panel()
+    config = a_run(tmp_path, found.model_copy(update={"tune": "train"})).config
+    assert {task.split for task in panel.for_tuning(config, Official()).tasks} == {"train"}
+    panel.save(found.model_copy(update={"tune": "report"}), tmp_path / "toy.json")
+    with pytest.raises(ConfigError, match="6 of the tasks for tuning are the panel's own"):
+        panel.for_tuning(config, Official())
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
@@ -454,7 +463,8 @@ def test_panels_are_listed_and_shown() -> None:
     (found,) = [each for each in answer("panels") if each["name"] == "sokoban"]
     assert found["tasks"] == 200 and found["references"]["expert"]["success"] == 1.0
     row = next(line for line in call("panels").stdout.splitlines() if "sokoban" in line)
-    assert "| report |   200 | 100.0% (98 to 100) |" in row
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3:6] == ["report", "200", "100.0% (98 to 100)"]
     text = call("panels", "show", "sokoban").stdout
     assert "hash: " in text and "payload" not in text
     assert len(answer("panels", "show", "sokoban")["tasks"]) == 200

@@ -106,6 +106,9 @@ def make_panel(
         str | None,
         typer.Option(metavar="RECIPE", help="Also a reference that this recipe trains (student)."),
     ] = None,
+    rebuilds: Annotated[
+        int, typer.Option(min=0, help="Other seeds of RECIPE, for the spread of that reference.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Choose tasks, let the scripted policies play them, and write both to a file."""
@@ -140,8 +143,15 @@ def make_panel(
             references[each] = panel.score(found, each, options=options, on_end=watch)
         print(f"{each}: {_said(references[each])}", file=sys.stderr)
     if checkpoint:
-        references[STUDENT] = _train(found, checkpoint, options)
-        print(f"{STUDENT}: {_said(references[STUDENT])}", file=sys.stderr)
+        from agentdistill import reproduction
+
+        references[STUDENT] = reproduction.reference(
+            found,
+            checkpoint,
+            rebuilds=rebuilds,
+            options=options,
+            on_end=lambda each: print(f"{STUDENT}: {_said(each)}", file=sys.stderr),
+        )
     found = found.model_copy(update={"references": references})
     panel.save(found, output)
     if as_json:

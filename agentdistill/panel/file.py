@@ -53,6 +53,9 @@ class Reference(Section):
     recipe: str = ""
     """Rebuilds the policy from a seed, for one that is trained: a recipe of the package, or a file.
     Its numbers are wanted within two standard errors, not episode by episode."""
+    spread: float = 0.0
+    """Standard deviation of ``success`` over rebuilds, for one that is trained: machines round
+    otherwise, and training makes that large. Over other seeds it is an upper bound."""
     seconds: float
     """Of playing."""
     commit: str

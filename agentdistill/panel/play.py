@@ -187,7 +187,8 @@ def judge(panel: Panel, policy: str, new: Reference) -> Replay:
     (low, high), rate = (known.interval, new.success) if whole else (new.interval, known.success)
     within = new.episodes > 0 and low <= rate <= high
     if known.recipe:
-        allowed = tolerance(known.success, known.episodes, new.success, new.episodes)
+        chance = tolerance(known.success, known.episodes, new.success, new.episodes)
+        allowed = max(chance, 2 * 2**0.5 * known.spread)  # both were trained, and played
         within = new.episodes > 0 and abs(known.success - new.success) <= allowed
     said += f"; success {new.success:.1%}, in the panel {known.success:.1%}"
     if not within or (known.exact and not known.recipe):
