@@ -163,8 +163,10 @@ def _chunk(
     hidden = leaf[start : start + len(rows)]
     student_NV = logits(model, hidden)
     student_NV = student_NV.to(torch.promote_types(student_NV.dtype, torch.float32))
-    token = table.index["token"][rows].to(device)
-    logp = student_NV.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+    logp = None
+    if any(isinstance(term.loss, TokenLoss) for term in terms):
+        token = table.index["token"][rows].to(device)
+        logp = student_NV.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
     total = torch.zeros((), device=device)
     for term in terms:
         weight = weights[term.name][rows]
@@ -175,7 +177,8 @@ def _chunk(
             continue
         live = (logp, student_NV)
         if len(mine) < len(rows):
-            live = (logp[mine.to(device)], student_NV[mine.to(device)])
+            some = mine.to(device)
+            live = (None if logp is None else logp[some], student_NV[some])
         values = _values(term, table, rows[mine], *live, heads)
         loss = (weight[mine].to(device) * values).sum()
         total = total + loss
@@ -189,18 +192,19 @@ def _values(
     term: Term,
     table: Table,
     rows: Tensor,
-    logp: Tensor,
+    logp: Tensor | None,
     student_NV: Tensor,
     heads: Mapping[str, Head],
 ) -> Tensor:
-    """The term's loss of each row [n]."""
+    """The term's loss of each row [n]; ``logp`` is there if any term reads it."""
     loss = term.loss
     if isinstance(loss, TokenLoss):
+        assert logp is not None
         columns = {name: table[name][rows.to(table[name].device)] for name in loss.needs}
-        return loss.function(logp, {name: c.to(logp.device) for name, c in columns.items()})
+        return loss.function(logp, {name: c.to(student_NV.device) for name, c in columns.items()})
     hidden = table[loss.hidden]
     with torch.no_grad():
-        teacher_NV = heads[loss.scorer](hidden[rows.to(hidden.device)].to(logp.device))
+        teacher_NV = heads[loss.scorer](hidden[rows.to(hidden.device)].to(student_NV.device))
     return loss.function(student_NV, teacher_NV)
 
 

@@ -523,3 +523,17 @@ def test_progress_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(panels, "EVERY", 0.0)
     result = call("panels", "check", "sokoban", "--tasks", "3", "--policy", "random")
     assert "random: 3/3, " in result.stderr and result.exit_code == 0
+
+
+def test_a_panel_of_keys_finds_its_tasks_in_the_data(tmp_path: Path) -> None:
+    """Where the content of a task may not be passed on."""
+    whole = panel.make(Corridor(), "report", 4, seed=2, name="whole", target="tests.toy:Corridor")
+    file = tmp_path / "bare.json"
+    panel.save(panel.bare(whole), file)
+    assert "goal" not in file.read_text().partition('"tasks"')[2]
+    found = panel.load(file)
+    assert found.hash == whole.hash
+    assert panel.filled(found, Corridor()).tasks == whole.tasks
+    assert panel.score(found, "expert").digests == panel.score(whole, "expert").digests
+    with pytest.raises(ConfigError, match="of its 4 tasks are not in the data here"):
+        panel.filled(found, Corridor(length=4))

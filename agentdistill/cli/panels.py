@@ -101,6 +101,9 @@ def make_panel(
     note: Annotated[
         list[str] | None, typer.Option(help="What a reader should know; repeatable.")
     ] = None,
+    keys_only: Annotated[
+        bool, typer.Option(help="Leave the contents of tasks out; who plays it needs the data.")
+    ] = False,
     policy: Policies = None,
     checkpoint: Annotated[
         str | None,
@@ -153,7 +156,7 @@ def make_panel(
             on_end=lambda each: print(f"{STUDENT}: {_said(each)}", file=sys.stderr),
         )
     found = found.model_copy(update={"references": references})
-    panel.save(found, output)
+    panel.save(panel.bare(found) if keys_only else found, output)
     if as_json:
         document(found.facts())
     else:

@@ -33,7 +33,10 @@ LOGITS_AT_ONCE = 1 << 24
 """Numbers in one chunk of logits (64 MiB in fp32) when the caller names no chunk."""
 
 SPARE_TOKENS = 256
-"""Padding below this is cheaper than one more forward."""
+"""Padding below this is cheaper than one more forward (when acting, with a cache)."""
+
+SPARE_TOKENS_WHOLE = 32
+"""The same where whole sequences are read: a token then costs more, in backward three times."""
 
 
 def body(model: nn.Module) -> Any:
@@ -153,7 +156,8 @@ def hidden_states(
     where = [where[i] for i in used]
     packed = _takes_packed(decoder.config) if packed is None else packed
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    groups = [np.arange(len(ids))] if packed else length_groups(lengths)
+    whole = {"spare": SPARE_TOKENS_WHOLE, "part": 10}
+    groups = [np.arange(len(ids))] if packed else length_groups(lengths, **whole)
     parts = [
         _predictors(decoder, [ids[i] for i in group], [where[i] for i in group], place, packed)
         for group in groups
@@ -165,34 +169,36 @@ def hidden_states(
 
 
 def length_groups(
-    lengths: Indices, *, spare: int = SPARE_TOKENS, budget: int | None = None
+    lengths: Indices, *, spare: int = SPARE_TOKENS, part: int = 4, budget: int | None = None
 ) -> list[Indices]:
     """Split rows into groups that can be padded without much waste.
 
     Args:
         lengths: tokens of each row, int64.
-        spare: a group's padding is at most this, or a quarter of its real tokens if that is more.
+        spare: a group's padding is at most this, or one ``part``-th of its real tokens if that is
+            more.
+        part: see ``spare``.
         budget: most padded tokens of a group; a single longer row is a group of its own.
 
     Returns:
         Row numbers of each group; one group keeps the given order, several go from long to short.
     """
     size = len(lengths) * int(lengths.max())
-    if _fits(size, int(lengths.sum()), spare, budget):
+    if _fits(size, int(lengths.sum()), spare, part, budget):
         return [np.arange(len(lengths))]
     order = np.argsort(-lengths, kind="stable")
     cuts, start, real = [], 0, 0
     for i, length in enumerate(lengths[order].tolist()):
         size = int(lengths[order[start]]) * (i - start + 1)
-        if i > start and not _fits(size, real + length, spare, budget):
+        if i > start and not _fits(size, real + length, spare, part, budget):
             cuts.append(i)
             start, real = i, 0
         real += length
     return [np.asarray(part) for part in np.split(order, cuts)]
 
 
-def _fits(padded: int, real: int, spare: int, budget: int | None) -> bool:
-    return padded - real <= max(spare, real // 4) and (budget is None or padded <= budget)
+def _fits(padded: int, real: int, spare: int, part: int, budget: int | None) -> bool:
+    return padded - real <= max(spare, real // part) and (budget is None or padded <= budget)
 
 
 def fill(rows: Indices, columns: Indices, values: Indices, shape: tuple[int, int]) -> Indices:

@@ -7,8 +7,10 @@
 from agentdistill.panel.file import Panel, PanelTask, Reference, load, names, requests, save
 from agentdistill.panel.make import (
     FREE,
+    bare,
     check,
     deviations,
+    filled,
     for_tuning,
     lasting,
     make,
@@ -24,8 +26,10 @@ __all__ = [
     "PanelTask",
     "Reference",
     "Replay",
+    "bare",
     "check",
     "deviations",
+    "filled",
     "for_tuning",
     "judge",
     "lasting",

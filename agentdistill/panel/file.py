@@ -29,7 +29,8 @@ class PanelTask(Section):
     """One task as the file has it."""
 
     split: str
-    payload: dict[str, Any]
+    payload: dict[str, Any] | None = None
+    """None where the content may not be passed on: the data has it, and the key finds it there."""
     data: str = ""
     key: str
 
@@ -100,10 +101,13 @@ class Panel(Section):
 
     @model_validator(mode="after")
     def _keys(self) -> Panel:
-        for number, (task, listed) in enumerate(zip(self.tasks, self.listed(), strict=True)):
-            if task.key != listed.key:
+        for number, task in enumerate(self.tasks):
+            if task.payload is None:
+                continue
+            key = Task(self.env, task.split, task.payload, task.data).key
+            if task.key != key:
                 raise ValueError(
-                    f"task {number} has the key {task.key} and a content whose key is {listed.key}"
+                    f"task {number} has the key {task.key} and a content whose key is {key}"
                 )
         if len({task.key for task in self.tasks}) != len(self.tasks):
             raise ValueError("a task is there twice")
@@ -112,9 +116,9 @@ class Panel(Section):
         return self
 
     def listed(self) -> list[Task]:
-        """The tasks, in order."""
+        """The tasks, in order; those known by their key alone must be filled in (make.filled)."""
         return [
-            Task(self.env, task.split, task.payload, task.data, number)
+            Task(self.env, task.split, task.payload or {}, task.data, number)
             for number, task in enumerate(self.tasks)
         ]
 
@@ -191,7 +195,7 @@ def save(panel: Panel, path: Path) -> None:
     """
     values = panel.model_dump(mode="json")
     tasks = ",\n  ".join(
-        json.dumps({k: v for k, v in task.items() if v != ""}) for task in values.pop("tasks")
+        json.dumps({k: v for k, v in task.items() if v not in ("", None)}) for task in values.pop("tasks")
     )
     head = json.dumps(values, indent=1).removesuffix("\n}")
     try:

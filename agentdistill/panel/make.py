@@ -143,6 +143,32 @@ def _other_data(panel: Panel, env: TextEnv) -> list[str]:
     return [f"data: {len(keys)} of the panel's {len(panel.tasks)} tasks are not in the data here"]
 
 
+def filled(panel: Panel, env: TextEnv) -> Panel:
+    """``panel`` with the contents, from the data here, of the tasks that it knows by key alone.
+
+    Raises:
+        ConfigError: the data lacks some of them.
+    """
+    wanted = {task.key for task in panel.tasks if task.payload is None}
+    found: dict[str, dict[str, Any]] = {}
+    for task in islice(env.tasks(panel.split, seed=panel.seed) if wanted else (), MOST):
+        if task.key in wanted:
+            found[task.key] = dict(task.payload)
+        if len(found) == len(wanted):
+            break
+    if lacking := len(wanted) - len(found):
+        remedy = f"{lacking} of its {len(panel.tasks)} tasks are not in the data here"
+        raise ConfigError(remedy, key="panel", value=panel.name)
+    tasks = [t.model_copy(update={"payload": found.get(t.key, t.payload)}) for t in panel.tasks]
+    return panel.model_copy(update={"tasks": tasks})
+
+
+def bare(panel: Panel) -> Panel:
+    """``panel`` with the keys of its tasks alone, for contents that may not be passed on."""
+    tasks = [task.model_copy(update={"payload": None}) for task in panel.tasks]
+    return panel.model_copy(update={"tasks": tasks})
+
+
 def _defaults(env: TextEnv) -> dict[str, Any]:
     """The defaults of its options, also of those that a class hands on to its base."""
     usual: dict[str, Any] = {}
@@ -178,7 +204,7 @@ def of_config(config: RunConfig, evaluate: EvaluateConfig, env: TextEnv) -> Pane
         )
     if problems:
         raise ConfigError("; ".join(problems), key="evaluate.panel", value=evaluate.panel)
-    return panel
+    return filled(panel, env)
 
 
 def tuning_part(config: RunConfig) -> str:

@@ -18,7 +18,7 @@ from agentdistill.envs.base import TextEnv
 from agentdistill.errors import ConfigError, EnvError
 from agentdistill.metrics import of_trajectories, wilson
 from agentdistill.panel.file import Panel, Reference
-from agentdistill.panel.make import check
+from agentdistill.panel.make import check, filled
 from agentdistill.policy import ExpertPolicy, Policy, RandomPolicy
 from agentdistill.records import Trajectory, digest
 from agentdistill.rollout import rollout, run
@@ -67,6 +67,7 @@ def score(
             raise EnvError("; ".join(needs))
         if problems := check(panel, env):
             raise ConfigError("; ".join(problems), key="panel", value=panel.name)
+        panel = filled(panel, env)
     wanted = panel.requests()[:tasks]
     pool: list[TextEnv] = []
     play = partial(rollout, player, create, concurrency=concurrency, pool=pool)
