@@ -195,7 +195,8 @@ def save(panel: Panel, path: Path) -> None:
     """
     values = panel.model_dump(mode="json")
     tasks = ",\n  ".join(
-        json.dumps({k: v for k, v in task.items() if v not in ("", None)}) for task in values.pop("tasks")
+        json.dumps({k: v for k, v in task.items() if v not in ("", None)})
+        for task in values.pop("tasks")
     )
     head = json.dumps(values, indent=1).removesuffix("\n}")
     try:

@@ -353,8 +353,7 @@ def test_tasks_of_others() -> None:
 def test_every_goal_of_a_generated_catalogue_can_be_met() -> None:
     """The reward's colour rule must not spoil what we invent, as it does official goals."""
     everything, reachable = (
-        WebShopEnv(catalogue="generated", attainable=only)
-        for only in (False, True)
+        WebShopEnv(catalogue="generated", attainable=only) for only in (False, True)
     )
     for split in everything.card.splits:
         keys = [task.key for task in everything.tasks(split)]
