@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist loadfile
+BENCH_ARGS ?= --small
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -35,9 +36,9 @@ format: $(READY) ## repair what the linter and the formatter can
 coverage: $(READY) ## run the fast tests and say which lines they miss
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) --cov
 
-bench: $(READY) ## run every script in benchmarks/
+bench: $(READY) ## run every script in benchmarks/, small (BENCH_ARGS= for hours of it)
 	@set -e; for script in $$(grep -l '^if __name__' benchmarks/*.py); do \
-	  echo "== $$script"; $(BIN)/python "$$script"; \
+	  echo "== $$script"; $(BIN)/python "$$script" $(BENCH_ARGS); \
 	done
 
 clean: ## remove caches and build outputs (the environment stays)

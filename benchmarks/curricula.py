@@ -377,7 +377,7 @@ def contrasts(setting: str) -> list[tuple[str, str]]:
 def main() -> None:
     """Run what is missing, print, save."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--small", action="store_true", help="ten minutes; says nothing")
+    parser.add_argument("--small", action="store_true", help="ten minutes; claims nothing")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing after that")
     parser.add_argument("--output", type=Path, default=Path("runs/curricula"))

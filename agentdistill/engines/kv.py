@@ -69,9 +69,8 @@ class KV(ABC):
 class _Plan:
     """Where one forward reads and writes.
 
-    ``rows``: slots of the batch, a view where possible; ``extent``: keys that are read;
-    ``source``: real tokens among the padded ones (None: all, in their order); ``slots`` and
-    ``places``: where each of them goes.
+    ``rows``: slots of the batch, a view where possible; ``extent``: keys that are read; ``source``:
+    real tokens among the padded ones (None: all, in order), which go to ``places`` of ``slots``.
     """
 
     rows: slice | Tensor
@@ -87,8 +86,7 @@ class _Buffers(Cache):
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.size = (FIRST_SLOTS, FIRST_CAPACITY)
-        none = torch.zeros(0, dtype=torch.int64)
-        self.plan = _Plan(slice(0, 0), 0, None, none, none)
+        self.plan: _Plan  # of the forward that runs
         self._layers: list[list[Tensor]] = []
 
     def reserve(self, slots: int, capacity: int) -> None:
@@ -109,11 +107,10 @@ class _Buffers(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values [B, heads, n, dim]; return all that the batch may look at."""
-        new = key_states, value_states
         if layer_idx == len(self._layers):
-            self._layers.append([_room(states, self.size) for states in new])
+            self._layers.append([_room(key_states, self.size), _room(value_states, self.size)])
         layer = self._layers[layer_idx]
-        for i, states in enumerate(new):
+        for i, states in enumerate((key_states, value_states)):
             old = layer[i]
             if (len(old), old.shape[2]) != self.size:
                 layer[i] = _room(old, self.size)
@@ -238,12 +235,13 @@ class SlotKV(KV):
         index = np.fromiter((slot.index for slot in slots), np.int64, len(slots))
         start = np.fromiter((len(slot.ids) for slot in slots), np.int64, len(slots))
         rows, place, height = _rows(index)
-        width, extent = int(counts.max()), int((start + counts).max())
-        column = within(counts)
+        grid = height, width = height, int(counts.max())
+        extent, column = int((start + counts).max()), within(counts)
         row = np.repeat(place, counts)
         flat = np.fromiter(chain.from_iterable(chunks), np.int64, len(column))
-        targets = np.repeat(index, counts), np.repeat(start, counts) + column
-        dense = len(flat) == height * width
+        targets = [np.repeat(index, counts), np.repeat(start, counts) + column]
+        if dense := len(flat) == height * width:
+            targets = [fill(row, column, values, grid).ravel() for values in targets]
         starts, last = np.zeros(height, np.int64), np.zeros(height, np.int64)
         starts[place], last[place] = start, counts - 1
         # Padding repeats the last real position: models with learned positions have no later ones.
@@ -252,14 +250,11 @@ class SlotKV(KV):
             rows if isinstance(rows, slice) else self._tensor(rows),
             extent,
             None if dense else self._tensor(row * width + column),
-            *(
-                self._tensor(fill(row, column, t, (height, width)).ravel() if dense else t)
-                for t in targets
-            ),
+            *map(self._tensor, targets),
         )
         where = self._tensor(positions)
         output = self._decoder(
-            input_ids=self._tensor(fill(row, column, flat, (height, width))),
+            input_ids=self._tensor(fill(row, column, flat, grid)),
             # From an empty context the kernel's own causal mask is the same, and faster.
             attention_mask=self._mask(where, extent) if start.any() else None,
             position_ids=where,
@@ -402,5 +397,4 @@ def _rows(index: Indices) -> tuple[slice | Indices, Indices, int]:
 
 def _room(like: Tensor, size: tuple[int, int]) -> Tensor:
     """Zeros for ``size`` slots and tokens like ``like`` [.., heads, .., dim]."""
-    slots, capacity = size
-    return like.new_zeros(slots, like.shape[1], capacity, like.shape[3])
+    return like.new_zeros(size[0], like.shape[1], size[1], like.shape[3])
