@@ -16,7 +16,6 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from agentdistill.callbacks import Callback
 from agentdistill.checkpoint import Checkpoints, load_state, save_state
 from agentdistill.config import TrainStage
 from agentdistill.crash import crash_point
-from agentdistill.engines.forward import device_of
 from agentdistill.errors import ConfigError, EnvError
 from agentdistill.evaluation import play
 from agentdistill.files import sync, write_text
@@ -32,7 +30,7 @@ from agentdistill.methods import compile as plan
 from agentdistill.methods.constraints import check
 from agentdistill.methods.index import get
 from agentdistill.metrics import of_table, of_trajectories
-from agentdistill.optimise import Head, Optimiser, backward
+from agentdistill.optimise import Optimiser, backward
 from agentdistill.panel import for_tuning
 from agentdistill.policy import derive_seed
 from agentdistill.records import Start, Task, Trajectory
@@ -42,7 +40,7 @@ from agentdistill.run import Loaded, Run, seeded
 from agentdistill.store import ShardRef, Store
 from agentdistill.students import local
 from agentdistill.table import Table, build
-from agentdistill.tasks import TaskStream
+from agentdistill.tasks import TaskStream, recorded
 from agentdistill.teachers.scorer import LocalScorer
 from agentdistill.views import PLAIN, plain, within
 
@@ -62,6 +60,7 @@ class Training:
         self.student = the_run.model(stage.init or stage.model)
         self.student.name = self.student.engine.name = stage.name
         self.teacher = the_run.model(stage.teacher) if stage.teacher else None
+        self.scorer = LocalScorer(plan.TEACHER, self.teacher.model) if self.teacher else None
         self._same_language()
         self.optimiser = Optimiser(self.student.model, stage)
         self.data = self._data()
@@ -234,13 +233,8 @@ class Training:
         return max(self.curriculum.plan(n, length, most).horizon or most for length in known)
 
     def _draw(self, n: int) -> list[Trajectory]:
-        """The n-th batch of the recorded episodes: pass after pass, each in its own order."""
-        size = self.stage.tasks
-        chosen = []
-        for place in range(n * size, (n + 1) * size):
-            number, index = divmod(place, len(self.data))
-            chosen.append(self.data[_order(self.seed, number, len(self.data))[index]])
-        return chosen
+        """The n-th batch of the recorded episodes."""
+        return [self.data[i] for i in recorded(len(self.data), self.stage.tasks, n, self.seed)]
 
     def _requests(self, n: int, tasks: int, before: int = 0) -> list[Request]:
         """Episodes of the next ``tasks`` tasks, after ``before`` others of this iteration."""
@@ -333,12 +327,10 @@ class Training:
 
     def _score(self, table: Table) -> int:
         """The teacher's columns, then the student's own; return the teacher's scored tokens."""
-        tokens = 0
-        micro = self.stage.micro_tokens
+        tokens, micro = 0, self.stage.micro_tokens
         want = plan.wanted(self.axes)
-        if want and self.teacher is not None:
-            scorer = LocalScorer(plan.TEACHER, self.teacher.model)
-            tokens = scorer.score(table, want, rows=table.acted, micro_tokens=micro)
+        if want and self.scorer is not None:
+            tokens = self.scorer.score(table, want, rows=table.acted, micro_tokens=micro)
         if plan.needs_old(self.axes):
             own = LocalScorer(plan.OLD, self.student.model)
             own.score(table, rows=table.acted, micro_tokens=micro)
@@ -346,7 +338,7 @@ class Training:
 
     def _update(self, table: Table, n: int) -> dict[str, float]:
         """``updates`` optimiser steps, each over its share of the trajectories."""
-        heads = {} if self.teacher is None else {plan.TEACHER: _head(self.teacher)}
+        heads = {} if self.scorer is None else {plan.TEACHER: self.scorer.head}
         numbers = list(range(len(table.trajectories)))
         random.Random(derive_seed(self.seed, "update", n)).shuffle(numbers)
         metrics: dict[str, float] = {}
@@ -393,20 +385,6 @@ class Training:
 def context_length(student: Loaded) -> int:
     """Tokens that fit into the student's context."""
     return int(getattr(student.model.config, "max_position_embeddings", None) or 1 << 30)
-
-
-def _head(teacher: Loaded) -> Head:
-    """The teacher's head, for hidden states on the student's device: that may be another one."""
-    scorer, place = LocalScorer(plan.TEACHER, teacher.model), device_of(teacher.model)
-    return lambda hidden: scorer.head(hidden.to(place)).to(hidden.device)
-
-
-@lru_cache(maxsize=4)
-def _order(seed: int, number: int, size: int) -> tuple[int, ...]:
-    """The order of pass ``number`` over ``size`` episodes."""
-    order = list(range(size))
-    random.Random(derive_seed(seed, "pass", number)).shuffle(order)
-    return tuple(order)
 
 
 class _Clock:

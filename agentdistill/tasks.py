@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import count, islice
 
 from agentdistill.envs.base import TextEnv
@@ -64,6 +65,20 @@ class TaskStream:
         """Go to where ``state`` was (by drawing again: levels are cheaper than bugs)."""
         self._tasks, self.taken = self._endless(), 0
         self.take(state["taken"])
+
+
+def recorded(episodes: int, size: int, n: int, seed: int) -> list[int]:
+    """Which of so many recorded ``episodes`` are in batch ``n``: pass after pass, each shuffled."""
+    places = (divmod(place, episodes) for place in range(n * size, (n + 1) * size))
+    return [_order(seed, number, episodes)[index] for number, index in places]
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, number: int, size: int) -> tuple[int, ...]:
+    """The order of pass ``number`` over ``size`` episodes."""
+    order = list(range(size))
+    random.Random(derive_seed(seed, "pass", number)).shuffle(order)
+    return tuple(order)
 
 
 def draw(env: TextEnv, split: str, number: int, seed: int, *, fewer: bool = False) -> list[Task]:

@@ -7,6 +7,7 @@ that wrote it; nothing here imports torch.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -40,6 +41,48 @@ ONE_THREAD = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 """Environment of a worker: one thread, no GPU, no network."""
+
+
+def command(script: str, about: str, small: str = "seconds: shows that it works") -> Any:
+    """A parser of ``--small``, ``--output`` and (from ourselves) ``--job``.
+
+    Args:
+        script: name of its file of results, without ``.json``.
+        about: its docstring, of which the first line is shown.
+        small: what ``--small`` means.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help=small)
+    text = f"JSON file; by default results/{script}.json, with --small none"
+    parser.add_argument("--output", type=Path, help=text)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.set_defaults(script=script)
+    return parser
+
+
+def results_file(given: argparse.Namespace) -> Path | None:
+    """Where the results of a :func:`command` go; None with ``--small``, unless a file is named."""
+    usual = None if given.small else RESULTS / f"{given.script}.json"
+    return given.output or usual
+
+
+def trl_arguments(settings: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Of any trainer of trl's: our optimiser ``settings``, and nothing on that only costs time."""
+    return {
+        "learning_rate": settings["lr"],
+        "lr_scheduler_type": "constant",
+        "adam_beta1": settings["betas"][0],
+        "adam_beta2": settings["betas"][1],
+        "max_grad_norm": settings["clip_norm"],
+        "bf16": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "output_dir": folder,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
 def facts(*packages: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -376,7 +376,7 @@ def contrasts(setting: str) -> list[tuple[str, str]]:
 
 def main() -> None:
     """Run what is missing, print, save."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="ten minutes; claims nothing")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing after that")
@@ -391,10 +391,9 @@ def main() -> None:
     about = facts("scipy")
     rows = run_all(scale, file, output, words.processes, words.minutes)
     for setting in SETTINGS:
-        mine = [row for row in rows if row["setting"] == setting]
-        if mine:
+        if mine := [row for row in rows if row["setting"] == setting]:
             print(f"\n{table(rows, setting)}\n\n{compare(mine, contrasts(setting))}")
-    save(file, {"facts": finished(about), "scale": scale.__class__.__name__, "rows": rows})
+    save(file, {"facts": finished(about), "scale": asdict(scale), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ ALFWorld and AppWorld find their data as always (``ALFWORLD_DATA``, ``APPWORLD_R
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -35,7 +34,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import RESULTS, facts, finished, in_turns, save, show, spread
+from common import command, facts, finished, in_turns, results_file, save, show, spread
 from players import OURS, RIVALS, Ours, Player, Rival, first, plan
 
 PACKAGES = ("alfworld", "textworld", "scienceworld", "rapidfuzz", "psutil")
@@ -367,13 +366,9 @@ def _success(each: Mapping[str, Any]) -> list[str]:
 
 def main() -> None:
     """Read the command line, run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="shows that it works")
+    parser = command("environments", __doc__, "shows that it works")
     parser.add_argument("--panels", action="store_true", help="play whole panels (long)")
     parser.add_argument("--env", action="append", help="only this environment; repeatable")
-    text = "JSON file; by default results/environments.json, with --small none"
-    parser.add_argument("--output", type=Path, help=text)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.job:
         worker(json.loads(given.job))
@@ -386,10 +381,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found.append(compare(env, size, Path(folder)))
     print(f"\n{report(found)}")
-    output = given.output or (None if given.small else RESULTS / "environments.json")
-    if output is not None:
+    file = results_file(given)
+    if file is not None:
         settings = dataclasses.asdict(size)
-        save(output, {"machine": finished(known), "settings": settings, "environments": found})
+        save(file, {"machine": finished(known), "settings": settings, "environments": found})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Invariants
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -28,7 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import ONE_THREAD, RESULTS, facts, finished, save, show
+from common import ONE_THREAD, command, facts, finished, results_file, save, show
 from one_card_runs import worker
 from one_card_setup import SETTINGS, Shape, Size, device
 
@@ -231,11 +230,7 @@ NO_GPU = "no GPU here: tiny sizes on the CPU, through the same code; no goal is 
 
 def main() -> None:
     """Read the command line, run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="tiny sizes: shows that it works")
-    text = "JSON file; by default results/one_card.json, with --small none"
-    parser.add_argument("--output", type=Path, help=text)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser = command("one_card", __doc__, "tiny sizes: shows that it works")
     given = parser.parse_args()
     if given.job:
         worker(json.loads(given.job))
@@ -246,9 +241,9 @@ def main() -> None:
         found = compare(size, Path(folder))
     print(f"\n{report(found)}")
     note = "" if found["gpu"] else NO_GPU
-    output = given.output or (None if given.small else RESULTS / "one_card.json")
-    if output is not None:
-        save(output, {"machine": finished(known), "note": note, "settings": SETTINGS, **found})
+    file = results_file(given)
+    if file is not None:
+        save(file, {"machine": finished(known), "note": note, "settings": SETTINGS, **found})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import Log
+from common import Log, trl_arguments
 from one_card_setup import (
     ITERATIONS,
     SETTINGS,
@@ -160,25 +160,15 @@ def _settings(size: Size, output: str, checkpointing: bool) -> dict[str, Any]:
     """Arguments of DistillationConfig: the same algorithm, one episode per forward pass."""
     gpu = device() != "cpu"
     return {
+        **trl_arguments(SETTINGS, output),
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": size.episodes,
         "max_steps": ITERATIONS,
         "shuffle_dataset": False,
         "beta": 1.0,
-        "learning_rate": SETTINGS["lr"],
-        "lr_scheduler_type": "constant",
-        "adam_beta1": SETTINGS["betas"][0],
-        "adam_beta2": SETTINGS["betas"][1],
-        "max_grad_norm": SETTINGS["clip_norm"],
         "bf16": gpu,
         "use_cpu": not gpu,
         "gradient_checkpointing": checkpointing,
-        "dataloader_pin_memory": False,
-        "output_dir": output,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
     }
 
 

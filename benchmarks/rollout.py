@@ -24,7 +24,6 @@ Invariants
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -38,11 +37,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, facts, finished, in_turns, peak_mib, save, show, spread
+from common import command, facts, finished, in_turns, peak_mib, results_file, save, show, spread
 from torch import Tensor
 
 from agentdistill.config import PromptConfig, TinyModel, TokenizerConfig
-from agentdistill.engines.base import Capabilities, Engine, Sample, Sampling, ScoreRequest, Scores
+from agentdistill.engines.base import Capabilities, Engine, Sample, Sampling
 from agentdistill.engines.hf import HFEngine
 from agentdistill.envs.base import Card, Moved, TextEnv
 from agentdistill.policy import ModelPolicy
@@ -172,10 +171,6 @@ class PerEpisode(Engine):
         text = self._tokenizer.decode(new, skip_special_tokens=True)
         stop = "stop" if new[-1] in self._stop_ids else "length"
         return Sample(new, tuple(draw.logp), text, stop, usage=Usage(len(ids), 0, 0, len(new)))
-
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
-        """Not wanted here."""
-        raise NotImplementedError
 
 
 class Draw:
@@ -374,25 +369,21 @@ def report(found: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Read the command line, run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="seconds: shows that it works")
-    text = "JSON file; by default results/rollout.json, with --small none"
-    parser.add_argument("--output", type=Path, help=text)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser = command("rollout", __doc__)
     given = parser.parse_args()
     if given.job:
         worker(json.loads(given.job))
         return
     known, comparisons = facts("transformers"), []
     settings = {"things": THINGS, "stop_every": STOP_EVERY, "rounds": ROUNDS}
-    output = given.output or (None if given.small else RESULTS / "rollout.json")
+    file = results_file(given)
     for size in SMALL if given.small else FULL:
         with tempfile.TemporaryDirectory() as folder:
             comparisons.append(compare(size, Path(folder)))
         print(f"\n{report(comparisons[-1])}\n", flush=True)
-        if output is not None:
+        if file is not None:
             results = {"machine": finished(known), "settings": settings, "comparisons": comparisons}
-            save(output, results)
+            save(file, results)
 
 
 if __name__ == "__main__":

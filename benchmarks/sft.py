@@ -15,7 +15,6 @@ Invariants
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -26,7 +25,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Log, agreement, cost, digest, facts, finished, in_turns, save, tables
+from common import (
+    Log,
+    agreement,
+    command,
+    cost,
+    digest,
+    facts,
+    finished,
+    in_turns,
+    results_file,
+    save,
+    tables,
+    trl_arguments,
+)
 
 STAGE = "demos"
 WARM = 2
@@ -251,24 +263,12 @@ def trl(size: Size, folder: Path, log: Log, *, on_all: bool = False, **changes: 
 def _trl_settings(size: Size, output: str) -> dict[str, Any]:
     """Arguments of SFTConfig: the same algorithm, and nothing switched on that only costs time."""
     return {
+        **trl_arguments(SETTINGS, output),
         "per_device_train_batch_size": size.batch,
         "max_steps": size.steps,
         "train_sampling_strategy": "sequential",
-        "learning_rate": SETTINGS["lr"],
-        "lr_scheduler_type": "constant",
-        "adam_beta1": SETTINGS["betas"][0],
-        "adam_beta2": SETTINGS["betas"][1],
-        "max_grad_norm": SETTINGS["clip_norm"],
         "max_length": None,
-        "bf16": False,
         "gradient_checkpointing": False,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "output_dir": output,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
     }
 
 
@@ -372,11 +372,7 @@ def report(found: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Read the command line, run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="seconds: shows that it works")
-    text = "JSON file; by default results/sft.json, with --small none"
-    parser.add_argument("--output", type=Path, help=text)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser = command("sft", __doc__)
     given = parser.parse_args()
     if given.job:
         worker(json.loads(given.job))
@@ -389,9 +385,9 @@ def main() -> None:
         print(f"\n{report(comparisons[-1])}")
     settings = {**SETTINGS, "decay_of_controls": DECAY, "warm_steps": WARM, "curve_steps": CURVE}
     results = {"machine": finished(known), "settings": settings, "comparisons": comparisons}
-    output = given.output or (None if given.small else RESULTS / "sft.json")
-    if output is not None:
-        save(output, results)
+    file = results_file(given)
+    if file is not None:
+        save(file, results)
 
 
 if __name__ == "__main__":

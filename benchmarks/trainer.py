@@ -17,7 +17,6 @@ Invariants
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -28,7 +27,19 @@ from pathlib import Path
 from statistics import linear_regression
 from typing import Any
 
-from common import RESULTS, Log, agreement, cost, digest, facts, finished, in_turns, save, show
+from common import (
+    Log,
+    agreement,
+    command,
+    cost,
+    digest,
+    facts,
+    finished,
+    in_turns,
+    results_file,
+    save,
+    show,
+)
 from common import spread as spread_of
 from trainer_data import Job, Size, fingerprint
 from trainer_runs import CONTENDERS, SETTINGS, WARM, ours
@@ -345,13 +356,9 @@ def report_turns(grown: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Read the command line, run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="under two minutes: shows it works")
+    parser = command("trainer", __doc__, "under two minutes: shows it works")
     parser.add_argument("--repeats", type=int, help="processes per contender (3; small: 1)")
     parser.add_argument("--only", action="append", help=f"a comparison by name, or {TURNS!r}")
-    text = "JSON file; by default results/trainer.json, with --small none"
-    parser.add_argument("--output", type=Path, help=text)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.job:
         worker(json.loads(given.job))
@@ -372,9 +379,9 @@ def main() -> None:
     print(report_turns(grown) if grown else "")
     settings = {**SETTINGS, "warm_steps": WARM, "tolerance": TOLERANCE}
     results = {"settings": settings, "comparisons": comparisons, "turns": grown}
-    output = given.output or (None if given.small else RESULTS / "trainer.json")
-    if output is not None:
-        save(output, {"machine": finished(known), **results})
+    file = results_file(given)
+    if file is not None:
+        save(file, {"machine": finished(known), **results})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from common import Log
+from common import Log, trl_arguments
 from trainer_data import PAD, Job, Size, batches, padded, samples, unpadded
 
 WARM = 2
@@ -200,21 +200,9 @@ def dense(job: Job) -> None:
 def _arguments(size: Size, count: int, output: str) -> dict[str, Any]:
     """Of a trainer: the same algorithm, and nothing switched on that only costs time."""
     return {
+        **trl_arguments(SETTINGS, output),
         "per_device_train_batch_size": count,
         "max_steps": size.steps,
-        "learning_rate": SETTINGS["lr"],
-        "lr_scheduler_type": "constant",
-        "adam_beta1": SETTINGS["betas"][0],
-        "adam_beta2": SETTINGS["betas"][1],
-        "max_grad_norm": SETTINGS["clip_norm"],
-        "bf16": False,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "output_dir": output,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
     }
 
 

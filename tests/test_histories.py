@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from agentdistill.config import PromptConfig, TokenizerConfig
-from agentdistill.engines.base import Capabilities, Engine, Sample, Sampling, ScoreRequest, Scores
+from agentdistill.engines.base import Capabilities, Engine, Sample, Sampling
 from agentdistill.objective import Term, TokenLoss
 from agentdistill.policy import ModelPolicy
 from agentdistill.records import Kind, Trajectory
@@ -58,9 +58,6 @@ class Scripted(Engine):
         ended = source.random() < 0.7
         said = (*words, tokenizer().eos_token_id) if ended else tuple(words)
         return Sample(said, tuple(-i / 64 for i in said), text, "stop" if ended else "length")
-
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
-        raise NotImplementedError
 
 
 @cache

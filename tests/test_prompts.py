@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from agentdistill import actions
 from agentdistill.config import PROMPTS, PromptConfig, TokenizerConfig, load
 from agentdistill.config.template import fill, listing, places
-from agentdistill.engines.base import Capabilities, Engine, Sample, Sampling, ScoreRequest, Scores
+from agentdistill.engines.base import Capabilities, Engine, Sample, Sampling
 from agentdistill.envs.base import Card
 from agentdistill.policy import ExpertPolicy, ModelPolicy, RandomPolicy
 from agentdistill.recipe import execute
@@ -291,9 +291,6 @@ class Scripted(Engine):
         text = source.choice(["", "<think>{goal} on</think>\n"]) + written
         said = (*self.renderer.plain(text), self.renderer.end)
         return Sample(said, (-0.5,) * len(said), text, "stop")
-
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
-        raise NotImplementedError
 
 
 def quest(number: int, start: tuple[str, ...] = ()) -> Request:

@@ -8,7 +8,7 @@ from typing import Any
 
 from agentdistill.actions import Parsed
 from agentdistill.config import PROMPTS
-from agentdistill.engines.base import Capabilities, Engine, Sample, Sampling, ScoreRequest, Scores
+from agentdistill.engines.base import Capabilities, Engine, Sample, Sampling
 from agentdistill.export import messages
 from agentdistill.policy import Episode, ModelPolicy, Policy, Response
 from agentdistill.records import Actor, Author, Kind, Task, Trajectory, Verdict
@@ -117,9 +117,6 @@ def test_an_engine_that_returns_calls_is_heard() -> None:
             self, ids: Sequence[int], sampling: Sampling, *, seed: int = 0, session: Any = None
         ) -> Sample:
             return Sample((mine.end,), (-0.1,), "", "stop", tool_calls=(walk("right"),))
-
-        async def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
-            raise NotImplementedError
 
     mine = Renderer(tokenizer(), PROMPTS["react"])
     policy = ModelPolicy("student", Provider(), mine, Sampling())

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from agentdistill.errors import EngineError
 from agentdistill.records import FloatArray, Json, Usage
 
 
@@ -123,9 +124,13 @@ class Engine(ABC):
             session: requests of one session usually extend each other; a hint for KV reuse.
         """
 
-    @abstractmethod
     async def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
-        """Log-probabilities of given tokens, one result per request, in order."""
+        """Log-probabilities of given tokens, one result per request, in order.
+
+        Raises:
+            EngineError: this engine only generates (which its capabilities say).
+        """
+        raise EngineError(f"{self.name} cannot score tokens; it only generates")
 
     def release(self, session: str) -> None:  # noqa: B027  (optional)
         """Forget what is kept for ``session``."""

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from agentdistill.engines.forward import evaluating, hidden_states, log_probs_at, logits
+from agentdistill.engines.forward import (
+    device_of,
+    evaluating,
+    hidden_states,
+    log_probs_at,
+    logits,
+)
 from agentdistill.table import Table, column, gather
 from agentdistill.views import PLAIN
 
@@ -29,8 +35,11 @@ class LocalScorer:
         self.name, self.model = name, model
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states [n, H] → logits [n, V]."""
-        return logits(self.model, hidden)
+        """Hidden states [n, H] → logits [n, V], where the hidden states are.
+
+        The student's may be on another device than this model.
+        """
+        return logits(self.model, hidden.to(device_of(self.model))).to(hidden.device)
 
     @torch.no_grad()
     def score(

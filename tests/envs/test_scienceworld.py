@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
@@ -21,6 +20,7 @@ from agentdistill.envs.scienceworld.env import ID, ScienceWorldEnv
 from agentdistill.envs.scienceworld.problems import VARIATIONS
 from agentdistill.errors import ConfigError, EnvError
 from agentdistill.records import StepResult, Task
+from tests.processes import gone
 
 pytestmark = [
     pytest.mark.java,
@@ -59,18 +59,6 @@ def _gold(env: ScienceWorldEnv, task: Task) -> list[tuple[str, StepResult]]:
 
 def _pid(env: ScienceWorldEnv) -> int:
     return env._held[0].child.process.pid
-
-
-def _gone(process: int) -> bool:
-    for _ in range(200):
-        try:
-            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
 
 
 # -- episodes --------------------------------------------------------------------------------------
@@ -339,7 +327,7 @@ def test_a_killed_simulator_is_an_error_the_next_reset_plays_and_close_ends_it(
     process = _pid(env)
     env.close()
     env.close()
-    assert _gone(process)
+    assert gone(process)
     with pytest.raises(EnvError, match="reset the environment"):
         env.step("look around")
 
@@ -352,11 +340,11 @@ def test_hung_simulators_are_killed_at_the_deadline_and_forgotten_ones_end() -> 
     os.kill(process, signal.SIGSTOP)
     with pytest.raises(EnvError, match=r"no answer within 0\.5 s"):
         env.act("look around")
-    assert _gone(process)
+    assert gone(process)
     _start(env, LIVING)
     process = _pid(env)
     del env
-    assert _gone(process)
+    assert gone(process)
 
 
 @pytest.mark.slow
@@ -397,7 +385,7 @@ def test_no_simulator_outlives_python(death: signal.Signals) -> None:
     holder.send_signal(death)
     holder.wait(30)
     holder.stdout.close()
-    assert _gone(process)
+    assert gone(process)
 
 
 # -- against the package itself, and long ----------------------------------------------------------

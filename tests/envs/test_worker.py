@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from agentdistill.envs.worker import Child, Worker, scrubbed
 from agentdistill.errors import ConfigError, EnvError
+from tests.processes import gone
 
 
 class Echo:
@@ -56,18 +56,6 @@ def worker() -> Iterator[Worker]:
     made = Worker(TARGET, greeting="good morning", deadline=60)
     yield made
     made.close()
-
-
-def _gone(process: int) -> bool:
-    for _ in range(100):
-        try:
-            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_calls_return_what_the_object_returns(
@@ -121,14 +109,14 @@ def test_a_call_beyond_the_deadline_kills_the_child(worker: Worker) -> None:
     with pytest.raises(EnvError, match=r"no answer within 0\.2 s"):
         worker.call("sleep", 60, deadline=0.2)
     assert time.monotonic() - begun < 10
-    assert _gone(process)
+    assert gone(process)
 
 
 def test_close_ends_the_child_and_may_be_repeated(worker: Worker) -> None:
     process = worker.call("process")
     worker.close()
     worker.close()
-    assert _gone(process)
+    assert gone(process)
 
 
 def test_a_scrubbed_environment_has_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +155,7 @@ def test_the_child_of_a_killed_parent_goes_too(state: str) -> None:
     parent.wait()
     parent.stdout.close()
     assert parent.stdin is None
-    assert _gone(child)
+    assert gone(child)
 
 
 def test_a_program_that_is_not_there_is_a_clear_error() -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from agentdistill.envs.sources import cache
 from agentdistill.errors import ConfigError, EnvError
 from agentdistill.files import locked, refusing, write_text
 
@@ -43,8 +44,7 @@ _OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 
 def home() -> Path:
     """Where the virtual environment is: ``$AGENTDISTILL_HOME/appworld`` or below ``~/.cache``."""
-    base = os.environ.get("AGENTDISTILL_HOME") or "~/.cache/agentdistill"
-    return Path(base).expanduser() / "appworld"
+    return cache() / "appworld"
 
 
 def root() -> Path:

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 import weakref
@@ -258,7 +259,7 @@ class Simulator:
 
     def _fail(self, error: EnvError) -> NoReturn:
         """Close, and say why."""
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.child.process.wait(0.2)  # a dying process may still have something to say
         status = self.child.process.poll()
         words = self.child.last_words().replace(self._token or "\0", "")
