@@ -245,12 +245,12 @@ def kl_by_turn(config: RunConfig, stage: str, levels: int) -> list[float]:
     from agentdistill.rollout import Request, rollout, run
     from agentdistill.run import Run
     from agentdistill.table import build
-    from agentdistill.tasks import panel
+    from agentdistill.tasks import draw
     from agentdistill.teachers.scorer import LocalScorer
     from agentdistill.views import PLAIN, plain
 
     with Run(config) as the_run, torch.no_grad():
-        tasks = panel(the_run.env, "report", levels, config.evaluate.seed)
+        tasks = draw(the_run.env, "report", levels, config.evaluate.seed)
         student, teacher = the_run.model(stage), the_run.model("taught")
         requests = [Request(task, derive_seed("kl", task.key)) for task in tasks]
         played = run(
