@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agentdistill.api import collect, compare, distill, evaluate, reproduce, train
+    from agentdistill.api import collect, compare, diagnose, distill, evaluate, reproduce, train
     from agentdistill.callbacks import Callback
     from agentdistill.config import RunConfig, load
 
@@ -20,6 +20,7 @@ __all__ = [
     "RunConfig",
     "collect",
     "compare",
+    "diagnose",
     "distill",
     "evaluate",
     "load",
@@ -30,6 +31,7 @@ __all__ = [
 _PLACES = {
     "collect": "agentdistill.api",
     "compare": "agentdistill.api",
+    "diagnose": "agentdistill.api",
     "distill": "agentdistill.api",
     "evaluate": "agentdistill.api",
     "reproduce": "agentdistill.api",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from agentdistill.errors import ConfigError
-from agentdistill.weighting import segment_count, segment_mean
+from agentdistill.weighting import kept, segment_count, segment_mean
 
 
 def grpo(
@@ -79,6 +79,120 @@ def opd(old_logp_N: Tensor, teacher_logp_N: Tensor, mask_N: Tensor, coef: float 
     """
     gap_N = teacher_logp_N.detach() - old_logp_N.detach()
     return torch.where(mask_N, coef * gap_N, 0.0)
+
+
+def extrapolated(
+    old_logp_N: Tensor,
+    teacher_logp_N: Tensor,
+    base_logp_N: Tensor,
+    mask_N: Tensor,
+    share: float = 1.25,
+    coef: float = 1.0,
+) -> Tensor:
+    """Distil from beyond the teacher, coef * (share * teacher + (1 - share) * base - old) [N].
+
+    G-OPD (arXiv 2602.12125): the implicit reward teacher - base, scaled by ``share`` against the
+    KL to the base. Below 1 it interpolates, above it extrapolates (ExOPD). At 1 it is `opd`, and
+    the base need not be known. 0 outside the mask.
+    """
+    if share == 1:
+        return opd(old_logp_N, teacher_logp_N, mask_N, coef)
+    return opd(old_logp_N, torch.lerp(base_logp_N, teacher_logp_N, share), mask_N, coef)
+
+
+def anchored(old_logp_N: Tensor, teacher_logp_N: Tensor, mixing: float) -> Tensor:
+    """Log of old^(1 - mixing) * teacher^mixing [N], as old log-probability in `ppo_loss`.
+
+    TRRD (arXiv 2602.22495) holds the update by this in place of the policy before it; its alpha
+    is 1 - mixing. 0 is the old policy, whatever the teacher says, and 1 the teacher.
+    """
+    if mixing == 0:
+        return old_logp_N.detach()
+    return torch.lerp(old_logp_N.detach(), teacher_logp_N.detach(), mixing)
+
+
+def magnitude(
+    advantage_N: Tensor, gap_N: Tensor, mixing: float = 0.5, bound: float = 0.2
+) -> Tensor:
+    """A * (1 - mixing + mixing * clip(exp(sign(A) * gap), 1 - bound, 1 + bound)) [N].
+
+    RLSD (arXiv 2604.03128): the teacher says how much each token moves, the reward which way.
+
+    Args:
+        advantage_N: the reward's advantage A.
+        gap_N: teacher - old, as from `opd`; where it is 0, A stays as it is.
+        mixing: 0 leaves A alone, 1 scales it by the whole factor.
+        bound: the factor lies within 1 +- bound; at most 1, or signs could turn.
+
+    Raises:
+        ConfigError: ``bound`` is outside [0, 1].
+    """
+    if not 0 <= bound <= 1:
+        raise ConfigError("must lie in [0, 1]", key="bound", value=bound)
+    advantage_N = advantage_N.detach()
+    factor_N = (advantage_N.sign() * gap_N.detach()).exp().clamp(1 - bound, 1 + bound)
+    return advantage_N * (1 + mixing * (factor_N - 1))
+
+
+def retried(second_B: Tensor, first_B: Tensor, group_B: Tensor, valid_B: Tensor) -> Tensor:
+    """Rewards of second attempts over the group's mean of the first ones [B]; 0 if not valid.
+
+    RLTF-SD (arXiv 2602.02482): second attempts are good because of the critique between, and a
+    mean of their own would take that away.
+    """
+    groups, index_B = torch.unique(group_B, return_inverse=True)
+    baseline = segment_mean(first_B, index_B, valid_B, len(groups))
+    return torch.where(valid_B, second_B.detach() - baseline[index_B], 0.0)
+
+
+def margin_shift(
+    mean_B: Tensor,
+    success_B: Tensor,
+    group_B: Tensor,
+    valid_B: Tensor,
+    *,
+    delta: float = 0.4,
+    side: str = "both",
+    statistic: str = "mean",
+) -> Tensor:
+    """What to add to every advantage of a trajectory, so that successes lead by delta [B].
+
+    Uni-OPD (arXiv 2605.03677): where in a group successes are not ``delta`` above failures, they
+    are moved apart by what is missing. Groups of one kind, and rows that are not valid, get 0.
+
+    Args:
+        mean_B: mean advantage of each trajectory.
+        success_B: bool.
+        group_B: group of each trajectory; one id for all compares over the batch.
+        valid_B: bool.
+        delta: the gap wanted; minus infinity for no shift.
+        side: who moves: ``correct_up``, ``incorrect_down``, or ``both`` by half.
+        statistic: the gap between ``mean`` and mean, or from the worst success to the best
+            failure (``minmax``).
+
+    Raises:
+        ConfigError: unknown ``side`` or ``statistic``.
+    """
+    shares = {"both": (0.5, 0.5), "correct_up": (1.0, 0.0), "incorrect_down": (0.0, 1.0)}
+    if side not in shares:
+        raise ConfigError(f"one of {', '.join(shares)}", key="side", value=side)
+    if statistic not in ("mean", "minmax"):
+        raise ConfigError("one of mean, minmax", key="statistic", value=statistic)
+    groups, index_B = torch.unique(group_B, return_inverse=True)
+    size, mean_B = len(groups), mean_B.detach()
+    right_B, wrong_B = valid_B & success_B, valid_B & ~success_B
+    if statistic == "mean":
+        right, wrong = (segment_mean(mean_B, index_B, m, size) for m in (right_B, wrong_B))
+    else:
+        right = mean_B.new_full((size,), math.inf)
+        right.scatter_reduce_(0, index_B, mean_B.where(right_B, math.inf), "amin")
+        wrong = mean_B.new_full((size,), -math.inf)
+        wrong.scatter_reduce_(0, index_B, mean_B.where(wrong_B, -math.inf), "amax")
+    has = [segment_count(index_B, m, size) > 0 for m in (right_B, wrong_B)]
+    short = has[0] & has[1] & (right - wrong < delta)
+    missing_B = torch.where(short, delta - (right - wrong), 0.0)[index_B]
+    up, down = shares[side]
+    return up * kept(missing_B, right_B) - down * kept(missing_B, wrong_B)
 
 
 def _log_ratio(logp_N: Tensor, old_logp_N: Tensor, clamp: float) -> Tensor:
@@ -148,6 +262,15 @@ def importance_loss(
     ``old_logp_N`` is the sampler's log-probability there. ``log_ratio_clamp`` as in `ppo_loss`.
     """
     return -_log_ratio(logp_N, old_logp_N, log_ratio_clamp).exp() * advantage_N.detach()
+
+
+def shaped_loss(logp_N: Tensor, advantage_N: Tensor, gamma: float = 0.1) -> Tensor:
+    """-f(p) * A per token [N] with f(p) = p / (p + gamma), without ratio or clip.
+
+    AMPO (arXiv 2510.02227) trains tokens that a teacher wrote so; the steep beginning of f lifts
+    those that the student finds unlikely.
+    """
+    return -torch.sigmoid(logp_N - math.log(gamma)) * advantage_N.detach()
 
 
 def truncated_is(train_logp_N: Tensor, sampler_logp_N: Tensor, cap: float) -> Tensor:

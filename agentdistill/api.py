@@ -7,13 +7,14 @@ episodes = ad.collect(env="agentdistill/Sokoban-v0", policy="expert", episodes=1
 result = ad.evaluate("recipe.yaml", policy="distilled", mode="greedy")
 found = ad.compare("runs/a", "runs/b", policy="distilled")
 again = ad.reproduce("runs/a/results.json")
+why = ad.diagnose("runs/a", "distilled", teacher="taught")
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentdistill.callbacks import Callback
 from agentdistill.comparison import Comparison, Paths
@@ -23,6 +24,9 @@ from agentdistill.evaluation import Result
 from agentdistill.recipe import Outcome, execute
 from agentdistill.records import Trajectory
 from agentdistill.reproduction import Reproduction
+
+if TYPE_CHECKING:
+    from agentdistill.diagnostics import Diagnosis
 
 Source = str | Path | Mapping[str, Any] | RunConfig
 
@@ -162,3 +166,30 @@ def reproduce(
     from agentdistill.reproduction import reproduce as work
 
     return work(result, policy, mode, overrides)
+
+
+def diagnose(
+    run: str | Path,
+    stage: str | None = None,
+    *,
+    iterations: tuple[int | None, int | None] = (None, None),
+    last: int | None = None,
+    student: str | None = None,
+    teacher: str | None = None,
+) -> Diagnosis:
+    """Hold the episodes of a stage against two models of its run: divergence, steps, agreement.
+
+    Args:
+        run: its folder.
+        stage: a train or collect stage; None is the last train stage that has begun.
+        iterations: from the first to before the second, as in a slice.
+        last: only so many iterations, the latest.
+        student: a train stage or model; None is the stage's own.
+        teacher: a train stage or model; None is the stage's own.
+    """
+    from agentdistill.run import need_torch
+
+    need_torch("diagnose")
+    from agentdistill.diagnostics import of_run
+
+    return of_run(run, stage, iterations=iterations, last=last, student=student, teacher=teacher)

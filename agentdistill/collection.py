@@ -16,7 +16,7 @@ from agentdistill.config import CollectStage
 from agentdistill.errors import ConfigError
 from agentdistill.files import write_text
 from agentdistill.metrics import of_trajectories
-from agentdistill.policy import ModelPolicy, derive_seed
+from agentdistill.policy import FirstThought, ModelPolicy, Policy, derive_seed
 from agentdistill.records import Trajectory
 from agentdistill.rollout import Request, rollout, run
 from agentdistill.run import Run
@@ -29,7 +29,7 @@ def collect(the_run: Run, stage: CollectStage, callback: Callback) -> dict[str, 
     began = time.monotonic()
     folder = the_run.folder(stage.name)
     seed = derive_seed(the_run.config.seed, "stage", stage.name)
-    policy = the_run.policy(stage.policy, stage.sampling)
+    policy = _policy(the_run, stage)
     tasks = TaskStream.of_split(the_run.env, stage.split, seed)
     with Store(folder) as store:
         done = store.commits(stage.name)
@@ -89,6 +89,21 @@ def collect(the_run: Run, stage: CollectStage, callback: Callback) -> dict[str, 
     return summary
 
 
+def _policy(the_run: Run, stage: CollectStage) -> Policy:
+    """Who plays; with ``first_thought`` it thinks before it acts."""
+    policy = the_run.policy(stage.policy, stage.sampling)
+    if not stage.first_thought:
+        return policy
+    if not isinstance(policy, ModelPolicy):
+        raise ConfigError(
+            f"{stage.policy} is no model and has no thoughts; name a model or a train stage as "
+            f"stages.{stage.name}.policy",
+            key=f"stages.{stage.name}.first_thought",
+            value=True,
+        )
+    return FirstThought(policy.name, policy.engine, policy.renderer, policy.sampling)
+
+
 def keep(the_run: Run, stage: CollectStage, trajectory: Trajectory) -> bool:
     """Whether an episode is kept: no fault, successful if asked for, clear of held-out tasks."""
     if trajectory.faults or (stage.only_success and not trajectory.success):
@@ -111,4 +126,6 @@ def _provenance(the_run: Run, stage: CollectStage, policy: Any, n: int) -> dict[
     }
     if isinstance(policy, ModelPolicy):
         facts["renderer"] = policy.renderer.fingerprint
+    if stage.first_thought:
+        facts["first_thought"] = True
     return facts

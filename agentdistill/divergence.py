@@ -302,7 +302,8 @@ def divergence(
         return partial(teacher_topk_forward_kl, k=top_k, temperature=temperature)
     if support != "student":
         raise ConfigError("student, or teacher with forward_kl", key="support", value=support)
-    return lambda s, t: full(*topk_tail(s, t, top_k, temperature=temperature))
+    # A vocabulary with fewer tokens is compared whole.
+    return lambda s, t: full(*topk_tail(s, t, min(top_k, s.shape[-1]), temperature=temperature))
 
 
 def entropy(logits_NV: Tensor, *, temperature: Temperature = 1.0) -> Tensor:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from agentdistill.records import Trajectory, Verdict
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from agentdistill.methods.space import Axes
     from agentdistill.table import Table
 
@@ -75,11 +77,9 @@ def of_table(table: Table, axes: Axes) -> dict[str, Any]:
 
     if not axes.scores or not len(table):
         return {}
-    if axes.full:
-        values = table.columns[f"loss/{axes.signal.divergence}"]
-    else:
-        own = table.columns.get("logp/old", table["logp/sampler"])
-        values = own - table["logp/teacher"]
+    values = _divergence(table, axes)
+    if values is None:
+        return {}
     mask = table["rows/kd"] & ~torch.isnan(values)
     if not bool(mask.any()):
         return {}
@@ -89,3 +89,17 @@ def of_table(table: Table, axes: Axes) -> dict[str, Any]:
     counts = segment_count(turn, mask, size)
     by_turn = [round(float(m), 5) if c else None for m, c in zip(means, counts, strict=True)]
     return {"divergence": float(values[mask].mean()), "divergence_by_turn": by_turn}
+
+
+def _divergence(table: Table, axes: Axes) -> Tensor | None:
+    """What the first signal compares, per row [N]; None where it was not kept."""
+    from agentdistill.methods.steps import target_column
+
+    signal = axes.signal
+    for name in (f"loss/{signal.divergence}", "divergence/0"):
+        if axes.full and name in table.columns:
+            return table[name]
+    if axes.full or target_column(axes, signal) not in table.columns:
+        return None
+    own = table.columns.get("logp/old", table["logp/sampler"])
+    return own - table[target_column(axes, signal)]

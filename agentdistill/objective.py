@@ -22,6 +22,9 @@ from agentdistill.table import Table, column
 from agentdistill.views import PLAIN
 from agentdistill.weighting import count_units, reduce_weights, tokens_per_unit
 
+LIVE = "live"
+"""In place of a scorer: the student's own logits at that moment, detached."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLoss:
@@ -44,11 +47,16 @@ class Divergence:
         scorer: whose distribution is the target.
         function: (student logits [n, V], teacher logits [n, V]) → loss [n].
         scorer_view: the view that the scorer read.
+        share: the scorer's share in the target's logits; the target is
+            softmax(share · scorer + (1 - share) · rest).
+        rest: scorer (of the stream itself) that has the other share, or :data:`LIVE`.
     """
 
     scorer: str
     function: Callable[[Tensor, Tensor], Tensor]
     scorer_view: str = PLAIN
+    share: float = 1.0
+    rest: str = ""
 
     @property
     def hidden(self) -> str:
@@ -68,6 +76,8 @@ class Term:
         coef: the term's coefficient.
         weight: column of detached row weights, or None for ones.
         over: the index set of the mean: every unit counts the same, and within a unit every row.
+        clip: largest loss of one row, with no gradient beyond.
+        ratio: (column, cap): multiply by min(exp(live log-probability - column), cap), detached.
         shared: boolean column whose rows define the denominators in place of the term's own
             (SRPO's shared denominator), and which holds all of the term's; None takes the term's
             own.
@@ -80,6 +90,8 @@ class Term:
     coef: float = 1.0
     weight: str | None = None
     over: Over = "token"
+    clip: float | None = None
+    ratio: tuple[str, float] | None = None
     shared: str | None = None
 
     def mask(self, table: Table) -> Tensor:
@@ -122,7 +134,11 @@ def needed_columns(terms: list[Term]) -> set[str]:
     for term in terms:
         if isinstance(term.loss, Divergence):
             needs.add(term.loss.hidden)
+            if term.loss.rest not in ("", LIVE):
+                needs.add(column("hidden", term.loss.rest))
         else:
             needs.update(term.loss.needs)
+        if term.ratio is not None:
+            needs.add(term.ratio[0])
         needs.update(name for name in (term.weight,) if name)
     return needs

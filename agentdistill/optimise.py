@@ -24,8 +24,8 @@ from agentdistill.config import TrainStage
 from agentdistill.divergence import entropy
 from agentdistill.engines.forward import hidden_states, logits, vocabulary
 from agentdistill.errors import EngineError
-from agentdistill.objective import Term, TokenLoss
-from agentdistill.table import Table, gather
+from agentdistill.objective import LIVE, Divergence, Term, TokenLoss
+from agentdistill.table import Table, column, gather
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,7 +164,7 @@ def _chunk(
     student_NV = logits(model, hidden)
     student_NV = student_NV.to(torch.promote_types(student_NV.dtype, torch.float32))
     logp = None
-    if any(isinstance(term.loss, TokenLoss) for term in terms):
+    if any(isinstance(term.loss, TokenLoss) or term.ratio for term in terms):
         token = table.index["token"][rows].to(device)
         logp = student_NV.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
     total = torch.zeros((), device=device)
@@ -200,12 +200,44 @@ def _values(
     loss = term.loss
     if isinstance(loss, TokenLoss):
         assert logp is not None
-        columns = {name: table[name][rows.to(table[name].device)] for name in loss.needs}
-        return loss.function(logp, {name: c.to(student_NV.device) for name, c in columns.items()})
-    hidden = table[loss.hidden]
-    with torch.no_grad():
-        teacher_NV = heads[loss.scorer](hidden[rows.to(hidden.device)].to(student_NV.device))
-    return loss.function(student_NV, teacher_NV)
+        values = loss.function(logp, {name: _at(table, name, rows, logp) for name in loss.needs})
+    else:
+        target_NV = _target(loss, table, rows, student_NV, heads)
+        # Heads of one tokenizer may be padded to different sizes; no token is beyond the smaller.
+        size = min(student_NV.shape[-1], target_NV.shape[-1])
+        values = loss.function(student_NV[..., :size], target_NV[..., :size])
+    if term.clip is not None:
+        values = values.clamp_max(term.clip)
+    if term.ratio is not None:
+        assert logp is not None
+        name, cap = term.ratio
+        gap = logp.detach() - _at(table, name, rows, logp)
+        values = values * gap.clamp_max(math.log(cap)).exp()
+    return values
+
+
+def _at(table: Table, name: str, rows: Tensor, like: Tensor) -> Tensor:
+    """Column ``name`` of ``rows``, on the device of ``like``."""
+    values = table[name]
+    return values[rows.to(values.device)].to(like.device)
+
+
+@torch.no_grad()
+def _target(
+    loss: Divergence, table: Table, rows: Tensor, student_NV: Tensor, heads: Mapping[str, Head]
+) -> Tensor:
+    """Logits of the target [n, V]: the scorer's, or a mixture with another's."""
+    target_NV = heads[loss.scorer](_at(table, loss.hidden, rows, student_NV))
+    if not loss.rest:
+        return target_NV
+    if loss.rest == LIVE:
+        rest_NV = student_NV.detach()
+    else:
+        hidden = _at(table, column("hidden", loss.rest), rows, student_NV)
+        rest_NV = heads[loss.rest](hidden)
+    wide, size = torch.promote_types(target_NV.dtype, torch.float32), target_NV.shape[-1]
+    size = min(size, rest_NV.shape[-1])
+    return torch.lerp(rest_NV[..., :size].to(wide), target_NV[..., :size].to(wide), loss.share)
 
 
 def learning_rate(stage: TrainStage, progress: float) -> float:

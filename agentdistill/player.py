@@ -7,7 +7,8 @@ Invariants
 * An episode's outcome depends on its request (task, start, seed) and the policy's weights only.
 * How an environment runs is what its card asks for (:data:`~agentdistill.envs.base.ISOLATIONS`):
   ``inline`` in the event loop, ``thread`` in a worker thread so that a slow step stalls nobody.
-* What the actor was shown is on record: whoever reads the turns can make its prompts again.
+* What the actor was shown is on record: whoever reads the turns (and ``provenance["note"]``, where
+  it was shown a note) can make its prompts again.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Request:
         horizon: turns after the hand-over; None leaves it to the limits.
         counter: the curriculum's n.
         provenance: copied into the trajectory.
+        note: what the actor reads besides (privileged text); "" for nothing.
     """
 
     task: Task
@@ -75,6 +77,7 @@ class Request:
     horizon: int | None = None
     counter: int = 0
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 class _Stop(Exception):
@@ -132,7 +135,9 @@ class Player:
         task = request.task
         observation, goal = await self._env_call(self._reset)
         identity = f"{request.group}/{request.sample}/{task.key}/{next(_NUMBERS)}"
-        self._episode = Episode(identity, task, self._env, observation, request.seed, goal)
+        self._episode = Episode(
+            identity, task, self._env, observation, request.seed, goal, note=request.note
+        )
 
     def _reset(self) -> tuple[str, str]:
         observation, _ = self._env.reset(options={"task": self._request.task})
@@ -194,7 +199,8 @@ class Player:
         )
         reply = None
         if response.sample is not None:
-            reply = Reply(response.sample.ids, response.kinds, Author.CONTEXT)
+            ids = (*response.forced, *response.sample.ids)
+            reply = Reply(ids, response.kinds, Author.CONTEXT)
         self._append(turn, reply)
         if stop is not None:
             raise stop
@@ -269,9 +275,14 @@ class Player:
         self._tokens += response.usage.output
         if response.sample is None:
             return None
-        sample, (ids, authors) = response.sample, response.prompt
+        sample, forced, (ids, authors) = response.sample, response.forced, response.prompt
         return self._builder.extend(
-            ids, sample.ids, logp=sample.logp, kind=response.kinds, prompt_author=authors
+            ids,
+            (*forced, *sample.ids),
+            logp=(*[float("nan")] * len(forced), *sample.logp),
+            kind=response.kinds,
+            prompt_author=authors,
+            forced=len(forced),
         )
 
     async def _env_call(self, call: Callable[[], T]) -> T:
@@ -307,6 +318,7 @@ class Player:
 
     def _record(self, end: str, faults: tuple[Fault, ...]) -> Trajectory:
         request, episode = self._request, self._episode
+        note = {"note": request.note} if request.note else {}
         return Trajectory(
             request.task,
             request.group or request.task.key,
@@ -320,6 +332,6 @@ class Player:
             request.horizon,
             request.counter,
             faults,
-            request.provenance,
+            {**request.provenance, **note},
             goal=episode.goal if episode else "",
         )

@@ -8,9 +8,10 @@ what it draws depends on the episode and its seed only, not on what runs beside 
 from __future__ import annotations
 
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import TypeVar
 
 from agentdistill import actions
@@ -52,6 +53,7 @@ class Episode:
         goal: the task in words; "" where the environment has none.
         admissible: actions that the environment lists now; empty unless somebody asked for them
             (``Policy.wants_admissible``).
+        note: what only this actor reads, "" for nothing.
         turns: finished turns, replayed ones included.
         replies: the tokens of each finished turn, None where it is only text.
     """
@@ -65,6 +67,7 @@ class Episode:
     admissible: tuple[str, ...] = ()
     turns: list[Turn] = field(default_factory=list)
     replies: list[Reply | None] = field(default_factory=list)
+    note: str = ""
 
     @property
     def turn_seed(self) -> int:
@@ -81,11 +84,12 @@ class Response:
         parsed: what the grammar found in it.
         actor: who answered.
         sample: the engine's sample, or None where nobody sampled.
-        kinds: kind of each sampled token.
+        kinds: kind of each token, forced ones first.
         prompt: ids of the prompt that was asked, and their authors.
         alternatives: what was drawn and not used.
         usage: tokens spent, alternatives included.
         tool_calls: native tool calls; where there are some, they and not the text say what to do.
+        forced: ids that were put into the actor's mouth before what it sampled.
     """
 
     text: str
@@ -97,6 +101,7 @@ class Response:
     alternatives: tuple[Alternative, ...] = ()
     usage: Usage = Usage()
     tool_calls: tuple[Mapping[str, Json], ...] = ()
+    forced: tuple[int, ...] = ()
 
 
 class Policy(ABC):
@@ -192,24 +197,35 @@ class ModelPolicy(Policy):
         """Ask the engine with everything that happened so far."""
         conversation = self._conversations.get(episode.id)
         if conversation is None:
-            conversation = Conversation(self.renderer, episode.goal)
+            conversation = Conversation(self.renderer, episode.goal, episode.note)
             self._conversations[episode.id] = conversation
         self._catch_up(conversation, episode)
         ids, authors = conversation.ask(episode.observation, episode.admissible)
+        forced, spent = await self._opening(episode)
         sample = await self.engine.generate(
-            ids, self.sampling, seed=episode.turn_seed, session=f"{self.name}/{episode.id}"
+            [*ids, *forced],
+            self.sampling,
+            seed=episode.turn_seed,
+            session=f"{self.name}/{episode.id}",
         )
-        parsed = self.renderer.grammar(sample.text)
+        whole = (*forced, *sample.ids)
+        text = self.renderer.text(whole) if forced else sample.text
+        parsed = self.renderer.grammar(text)
         return Response(
-            sample.text,
+            text,
             parsed,
             Actor(self.name, sample.version, self._sampled_as),
             sample,
-            self.renderer.kinds(sample.ids, parsed),
+            self.renderer.kinds(whole, parsed),
             (ids, authors),
-            usage=sample.usage,
+            usage=_sum(spent, sample.usage),
             tool_calls=sample.tool_calls,
+            forced=forced,
         )
+
+    async def _opening(self, episode: Episode) -> tuple[tuple[int, ...], Usage]:
+        """What the response must begin with, and what it cost to find out."""
+        return (), Usage()
 
     def _catch_up(self, conversation: Conversation, episode: Episode) -> None:
         """Add the turns since the last call: as sampled where this model sampled them."""
@@ -226,3 +242,49 @@ class ModelPolicy(Policy):
         """Forget the episode and free its cache."""
         self._conversations.pop(episode.id, None)
         self.engine.release(f"{self.name}/{episode.id}")
+
+
+def _sum(one: Usage, other: Usage) -> Usage:
+    return Usage(*map(sum, zip(astuple(one), astuple(other), strict=True)))
+
+
+_QUESTION = (
+    "Do not act yet. Say step by step, in plain sentences, how you would go about this task: what "
+    "is wanted, what there is to see, and what has to happen in which order."
+)
+
+_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
+_TAG = re.compile(r"</?(?:think|action|answer|code)>")
+"""What would end a thought, or be read as the action that it only speaks of."""
+
+
+class FirstThought(ModelPolicy):
+    """A model whose first response begins with its own plain answer to the task.
+
+    The question comes without any format; what the model answers before the first blank line is
+    put into its mouth, as the beginning of a thought. Source: agent-distillation (arXiv
+    2505.17612), which writes ``Thought: …``; every grammar here reads thoughts in ``<think>``, so
+    that is where this one stands. Where the answer format asks for a thought, the model goes on
+    with it; grammar ``plain`` asks for none, so there the thought is closed.
+    """
+
+    async def _opening(self, episode: Episode) -> tuple[tuple[int, ...], Usage]:
+        own = (turn for turn in episode.turns if turn.author is not Author.REPLAY)
+        if any(turn.actor.name == self.name for turn in own):
+            return (), Usage()
+        goal = "" if episode.goal in episode.observation else f"The task: {episode.goal}\n"
+        prompt = self.renderer.alone(f"{_QUESTION}\n\n{goal}{episode.observation}")
+        seed = derive_seed(episode.turn_seed, "first thought")
+        sample = await self.engine.generate(prompt, self.sampling, seed=seed)
+        return self._forced(sample.text), sample.usage
+
+    def _forced(self, answer: str) -> tuple[int, ...]:
+        """The tokens of the first paragraph of ``answer`` as the beginning of a response."""
+        frames, plain = self.renderer.frames, self.renderer.prompt.grammar == "plain"
+        said = actions.grammar("plain", opened=bool(frames.opened))(answer)
+        text = said.actions[0] if said.actions else said.reasoning
+        thought = _BLANK_LINE.split(_TAG.sub("", text).strip(), 1)[0].rstrip()
+        if not thought:
+            return ()
+        begin = "" if frames.opened else actions.THINK
+        return self.renderer.plain(f"{begin}{thought}{actions.THOUGHT if plain else ''}\n\n")

@@ -151,7 +151,7 @@ def _jobs(the_run: Run, only: Sequence[str] | None) -> list[Job]:
 
 
 def _needs(stage: StageConfig) -> frozenset[str]:
-    keys = ("policy", "init", "teacher", "data", "guide")
+    keys = ("policy", "init", "teacher", "data", "guide", "base", "analyser")
     return frozenset(filter(None, (getattr(stage, key, None) for key in keys)))
 
 

@@ -338,6 +338,7 @@ class StreamBuilder:
         kind: Sequence[int],
         author: Author = Author.ACTOR,
         prompt_author: Sequence[int] | None = None,
+        forced: int = 0,
     ) -> Span:
         """Add one turn; return where its response lies.
 
@@ -349,9 +350,9 @@ class StreamBuilder:
             author: who wrote the response.
             prompt_author: author per prompt token, used only for tokens that are new to the
                 stream (``CONTEXT`` by default; replayed turns re-rendered into a new stream).
+            forced: how many tokens at the beginning of the response were put into its mouth.
         """
-        prompt = list(prompt)
-        tail = self.tail
+        prompt, tail = list(prompt), self.tail
         known = len(tail)
         if not self._streams or tail != prompt[:known]:
             self._streams.append(_Columns())
@@ -360,7 +361,8 @@ class StreamBuilder:
         authors = prompt_author[known:] if prompt_author is not None else None
         columns.add(prompt[known:], authors or [Author.CONTEXT] * (len(prompt) - known))
         start = len(columns.ids)
-        columns.add(list(response), [author] * len(response), kind, logp)
+        said = [Author.FORCED] * forced + [author] * (len(response) - forced)
+        columns.add(list(response), said, kind, logp)
         return Span(len(self._streams) - 1, start, len(columns.ids))
 
     def finish(self) -> tuple[Stream, ...]:

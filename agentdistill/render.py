@@ -11,6 +11,8 @@ Invariants
 * A response that ended by length gets the end-of-turn id inserted, as context.
 * What stands before, between and after messages is read off the tokenizer's own chat template, once
   (:mod:`~agentdistill.frames`).
+* A note (text for one reader only) is whole tokens right after the opening: without them a prompt
+  is, id by id, the prompt that never had one.
 
 No torch here; the tokenizer is any ``transformers`` tokenizer with a chat template.
 """
@@ -110,6 +112,36 @@ class Renderer:
         """Ids of a prompt whose only user message is ``message``."""
         return self._frame(self._opening, message, self.frames.reply)
 
+    def note(self, text: str) -> tuple[int, ...]:
+        """Ids of a note: the text, a line of its own, as somebody else's; none for ""."""
+        if not text:
+            return ()
+        return self.plain(text if text.endswith("\n") else text + "\n")
+
+    def note_at(self, ids: Sequence[int]) -> int:
+        """Where a note belongs in a prompt or stream: right after the opening.
+
+        Before the last token of the opening where the tokenizer joined it with the message.
+        """
+        opening = self.encode(self._opening)
+        if tuple(ids[: len(opening)]) == opening:
+            return len(opening)
+        pairs = enumerate(zip(ids, opening, strict=False))
+        return next((n for n, (one, other) in pairs if one != other), len(ids))
+
+    def noted_at(self, ids: Sequence[int], note: Sequence[int]) -> int | None:
+        """Where ``note`` was put into ``ids``; None where it was not.
+
+        Not simply at :meth:`note_at`: a note may begin like the joined end of the opening.
+        """
+        size = len(note)
+        for at in range(self.note_at(ids), -1, -1):
+            if tuple(ids[at : at + size]) == tuple(note):
+                before = [*ids[:at], *ids[at + size :]]
+                if self.note_at(before) == at:
+                    return at
+        return None
+
     def context(self, message: str, *, first: bool, past: bool = False) -> tuple[int, ...]:
         """Ids between the previous response (or nothing) and the response to ``message``.
 
@@ -161,7 +193,7 @@ class Renderer:
             return 0, body
         start, end = (self._token_at(ids, char, body) for char in span)
         last = slice(span[1])
-        if self._text(ids[:end])[last] != self._text(ids[:body])[last]:
+        if self.text(ids[:end])[last] != self.text(ids[:body])[last]:
             end += 1  # this token holds the end of the span and the beginning of what follows
         return start, end
 
@@ -170,11 +202,11 @@ class Renderer:
         low, high = 0, body + 1
         while low < high:
             middle = (low + high) // 2
-            longer = len(self._text(ids[:middle])) > char
+            longer = len(self.text(ids[:middle])) > char
             low, high = (low, middle) if longer else (middle + 1, high)
         return low - 1
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def text(self, ids: Sequence[int]) -> str:
         """As the engines decode, or character positions would not fit their texts."""
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return self.tokenizer.decode(list(ids), **options)
@@ -183,9 +215,10 @@ class Renderer:
 class Conversation:
     """One episode as one model reads it; grows by observations and replies."""
 
-    def __init__(self, renderer: Renderer, goal: str = "") -> None:
-        """Start empty; ``goal`` is the task in words."""
+    def __init__(self, renderer: Renderer, goal: str = "", note: str = "") -> None:
+        """Start empty; ``goal`` is the task in words, ``note`` what every prompt also says."""
         self._renderer, self._wording, self._goal = renderer, renderer.wording, goal
+        self._note = renderer.note(note)
         self._shown: list[str] = []
         """Each earlier turn as a later prompt writes it."""
         self._replies: list[Reply] = []
@@ -216,6 +249,14 @@ class Conversation:
 
     def ask(self, observation: str, admissible: Sequence[str] = ()) -> tuple[list[int], list[int]]:
         """The prompt for ``observation``: ids and authors, of equal length."""
+        ids, authors = self._plain(observation, admissible)
+        at = self._renderer.note_at(ids) if self._note else 0
+        ids[at:at] = self._note
+        authors[at:at] = [int(Author.CONTEXT)] * len(self._note)
+        return ids, authors
+
+    def _plain(self, observation: str, admissible: Sequence[str]) -> tuple[list[int], list[int]]:
+        """The prompt without the note."""
         prompt, first = self._renderer.prompt, self._wording.first(len(self))
         if prompt.history is not None:
             history = "".join(self._shown[first:])
@@ -262,9 +303,11 @@ def materialise(trajectory: Trajectory, renderer: Renderer) -> Trajectory:
     """``trajectory`` with streams made from its texts, for a trajectory that has none.
 
     Nobody sampled these tokens, so their log-probabilities are NaN. Existing streams are
-    replaced: another tokenizer or another preset reads the same episode differently.
+    replaced: another tokenizer or another preset reads the same episode differently. Where the
+    actor read a note (``provenance["note"]``), so does whoever reads these streams.
     """
-    conversation, builder = Conversation(renderer, trajectory.goal), StreamBuilder()
+    note = str(trajectory.provenance.get("note", ""))
+    conversation, builder = Conversation(renderer, trajectory.goal, note), StreamBuilder()
     turns: list[Turn] = []
     for turn in trajectory.turns:
         replay = turn.author is Author.REPLAY

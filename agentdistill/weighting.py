@@ -24,14 +24,19 @@ from torch import Tensor
 from agentdistill.errors import ConfigError
 
 
-def _kept(x_N: Tensor, mask_N: Tensor) -> Tensor:
+def kept(x_N: Tensor, mask_N: Tensor) -> Tensor:
+    """``x`` where the mask is set, 0 elsewhere, whatever stands there [N], detached.
+
+    Raises:
+        ConfigError: the mask is not bool.
+    """
     if mask_N.dtype != torch.bool:
         raise ConfigError("must be a bool tensor", key="mask.dtype", value=mask_N.dtype)
     x_N = x_N.detach()
     return torch.where(mask_N, x_N, torch.zeros_like(x_N))
 
 
-def _compact(unit_N: Tensor, mask_N: Tensor) -> tuple[Tensor, int]:
+def compact(unit_N: Tensor, mask_N: Tensor) -> tuple[Tensor, int]:
     """Ids renumbered to 0..U-1 (0 outside the mask), and U."""
     ids, inverse = torch.unique(unit_N[mask_N], return_inverse=True)
     index_N = torch.zeros_like(mask_N, dtype=torch.long)
@@ -48,9 +53,9 @@ def segment_sum(x_N: Tensor, index_N: Tensor, mask_N: Tensor, size: int) -> Tens
         mask_N: bool.
         size: number of segments.
     """
-    x_N = _kept(x_N, mask_N)
+    x_N = kept(x_N, mask_N)
     x_N = x_N.to(torch.promote_types(x_N.dtype, torch.float32))
-    return x_N.new_zeros(size).index_add_(0, _kept(index_N, mask_N).long(), x_N)
+    return x_N.new_zeros(size).index_add_(0, kept(index_N, mask_N).long(), x_N)
 
 
 def segment_count(index_N: Tensor, mask_N: Tensor, size: int) -> Tensor:
@@ -66,13 +71,13 @@ def segment_mean(x_N: Tensor, index_N: Tensor, mask_N: Tensor, size: int) -> Ten
 
 def count_units(unit_N: Tensor | None, mask_N: Tensor) -> int:
     """Units with at least one masked token (masked tokens, for None): `reduce_weights`' units."""
-    return int(mask_N.sum()) if unit_N is None else _compact(unit_N, mask_N)[1]
+    return int(mask_N.sum()) if unit_N is None else compact(unit_N, mask_N)[1]
 
 
 def tokens_per_unit(unit_N: Tensor, mask_N: Tensor) -> Tensor:
     """For each row the number of masked tokens of its unit [N], int64; 0 outside the mask."""
-    index_N, units = _compact(unit_N, mask_N)
-    return _kept(segment_count(index_N, mask_N, max(units, 1))[index_N], mask_N)
+    index_N, units = compact(unit_N, mask_N)
+    return kept(segment_count(index_N, mask_N, max(units, 1))[index_N], mask_N)
 
 
 def reduce_weights(
@@ -104,7 +109,7 @@ def reduce_weights(
     if unit_N is not None:
         inner_N = tokens_per_unit(unit_N, mask_N) if unit_tokens is None else unit_tokens
         weight_N = weight_N / inner_N.clamp_min(1)
-    return _kept(weight_N, mask_N)
+    return kept(weight_N, mask_N)
 
 
 def mean1(weights_N: Tensor, mask_N: Tensor, scope_N: Tensor | None = None) -> Tensor:
@@ -119,6 +124,6 @@ def mean1(weights_N: Tensor, mask_N: Tensor, scope_N: Tensor | None = None) -> T
         Weights [N]; a scope whose weights are all 0 stays 0.
     """
     scope_N = torch.zeros_like(mask_N, dtype=torch.long) if scope_N is None else scope_N
-    index_N, scopes = _compact(scope_N, mask_N)
+    index_N, scopes = compact(scope_N, mask_N)
     mean_N = segment_mean(weights_N, index_N, mask_N, max(scopes, 1))[index_N]
-    return _kept(weights_N, mask_N) / torch.where(mean_N == 0, 1, mean_N)
+    return kept(weights_N, mask_N) / torch.where(mean_N == 0, 1, mean_N)

@@ -15,20 +15,14 @@ Invariants
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ONE_THREAD, RESULTS, facts, finished, save, show
+from common import RESULTS, facts, finished, save, show
 from contrasts import compare
+from replicates import COUNTS, Bench, arguments, run_all, stage_name, work
 
 from agentdistill.config import RunConfig, load
 
@@ -91,9 +85,6 @@ CONTRASTS = (
 
 OFF_POLICY = ("sft", "kd", "grpo")
 
-COUNTS = ("env_steps", "replayed_steps", "scored_tokens", "seconds")
-"""What a stage's summary says of its cost."""
-
 
 def methods(setting: Setting, scale: Scale) -> dict[str, dict[str, Any]]:
     """Name → the stage of every method in ``setting``."""
@@ -124,11 +115,6 @@ def methods(setting: Setting, scale: Scale) -> dict[str, dict[str, Any]]:
             if start["kind"] != "fixed" or setting.horizon > SUPPORT:
                 found[f"{name} {estimator}"] = stage
     return found
-
-
-def stage_name(method: str) -> str:
-    """The stage that trains ``method``."""
-    return method.replace("-", "_").replace(" ", "_")
 
 
 def recipe(name: str, number: int, scale: Scale, output: Path) -> RunConfig:
@@ -173,164 +159,17 @@ def recipe(name: str, number: int, scale: Scale, output: Path) -> RunConfig:
     )
 
 
-# -- one replicate, in a process of its own --------------------------------------------------------
-
-
-def replicate(name: str, number: int, scale: Scale, output: Path) -> dict[str, Any]:
-    """Train and measure all methods; what the results keep of it."""
-    import agentdistill as ad
-
-    config = recipe(name, number, scale, output)
-    began = time.monotonic()
-    outcome = ad.distill(config)
-    rows = {result.policy: result for result in outcome.results}
-    goal = rows["taught"].success / 2
-    found: dict[str, Any] = {
-        policy: {"success": rows[policy].success, "outcomes": _bits(rows[policy].outcomes)}
-        for policy in ("expert", "taught", "before")
-    }
-    for method in methods(SETTINGS[name], scale):
-        stage = stage_name(method)
-        result, log = rows[stage], list(_metrics(config, stage))
-        done = json.loads((config.path / "stages" / stage / "done.json").read_text())
-        found[method] = {
-            "success": result.success,
-            "optimal": result.optimal,
-            "outcomes": _bits(result.outcomes),
-            "steps_to_half": _steps_to(log, goal),
-            "curve": [[line["total/env_steps"], line["tune/sampled/success"]] for line in log
-                      if "tune/sampled/success" in line],
-            "kl_by_turn": kl_by_turn(config, stage, scale.levels // 2),
-            **{key: done[key] for key in COUNTS},
-        }  # fmt: skip
-    return {
-        "setting": name,
-        "replicate": number,
-        "fingerprint": config.fingerprint,
-        "seconds": time.monotonic() - began,
-        "facts": facts(),
-        "policies": found,
-    }
-
-
-def _bits(outcomes: Sequence[bool | None]) -> str:
-    """Outcomes by level: 1, 0, and - for a fault."""
-    return "".join("-" if won is None else str(int(won)) for won in outcomes)
-
-
-def _metrics(config: RunConfig, stage: str) -> Iterator[dict[str, Any]]:
-    path = config.path / "stages" / stage / "metrics.jsonl"
-    return map(json.loads, path.read_text().splitlines())
-
-
-def _steps_to(log: Sequence[Mapping[str, Any]], goal: float) -> int | None:
-    """Environment steps when the tune split's success first reached ``goal``; None if never.
-
-    None as well where the teacher never succeeds: half of nothing is no goal.
-    """
-    for line in log:
-        if goal > 0 and line.get("tune/sampled/success", -1.0) >= goal:
-            return int(line["total/env_steps"])
-    return None
-
-
-def kl_by_turn(config: RunConfig, stage: str, levels: int) -> list[float]:
-    """KL(student || teacher) over the vocabulary, nats, by turn of the student's own episodes.
-
-    The mean over the episodes that still run at that turn (late turns hold unsolved ones only).
-    """
-    import torch
-
-    from agentdistill.policy import derive_seed
-    from agentdistill.rollout import Request, rollout, run
-    from agentdistill.run import Run
-    from agentdistill.table import build
-    from agentdistill.tasks import draw
-    from agentdistill.teachers.scorer import LocalScorer
-    from agentdistill.views import PLAIN, plain
-
-    with Run(config) as the_run, torch.no_grad():
-        tasks = draw(the_run.env, "report", levels, config.evaluate.seed)
-        student, teacher = the_run.model(stage), the_run.model("taught")
-        requests = [Request(task, derive_seed("kl", task.key)) for task in tasks]
-        played = run(
-            rollout(the_run.acting(student), the_run.make_env, requests, pool=the_run.pool)
-        )
-        table = build(played)
-        table.add_view(PLAIN, plain)
-        logs = []
-        for name, loaded in (("student", student), ("teacher", teacher)):
-            scorer = LocalScorer(name, loaded.model)
-            scorer.score(table, {"hidden"}, rows=table.acted)
-            logs.append(scorer.head(table[f"hidden/{name}"][table.acted]).log_softmax(-1))
-        divergence = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
-        turn = table.index["turn"][table.acted]
-        return [float(divergence[turn == t].mean()) for t in range(int(turn.max()) + 1)]
-
-
-# -- all replicates --------------------------------------------------------------------------------
-
-
-def known(scale: Scale, file: Path, output: Path) -> dict[str, dict[str, Any]]:
-    """Rows that need not run again, by the name of their run."""
-    rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    rows += [json.loads(path.read_text()) for path in sorted(output.glob("*.row.json"))]
-    found = {}
-    for row in rows:
-        name, number = row["setting"], row["replicate"]
-        if row["fingerprint"] == recipe(name, number, scale, output).fingerprint:
-            found[f"{name}-{number}"] = row
-    return found
-
-
-def run_all(scale: Scale, file: Path, output: Path, processes: int, minutes: float) -> list[Any]:
-    """Run what is missing in ``processes`` at once; start nothing after ``minutes``."""
-    rows = known(scale, file, output)
-    # Replicates go round the settings, so that whatever stops early has all of them.
-    jobs = [f"{name}-{n}" for n in range(scale.replicates) for name in SETTINGS]
-    jobs = [job for job in jobs if job not in rows]
-    deadline = time.monotonic() + 60 * minutes
-    alive: dict[str, subprocess.Popen[bytes]] = {}
-    try:
-        while alive or (jobs and time.monotonic() < deadline):
-            while jobs and len(alive) < processes and time.monotonic() < deadline:
-                job = jobs.pop(0)
-                print(f"{job}: begins ({len(rows)} done, {len(jobs)} to come)", flush=True)
-                alive[job] = _start(job, scale, output)
-            time.sleep(0.5)
-            for job, process in list(alive.items()):
-                if process.poll() is None:
-                    continue
-                del alive[job]
-                if process.returncode:
-                    log = (output / f"{job}.log").read_text()[-2000:]
-                    raise RuntimeError(f"{job} ended with {process.returncode}\n{log}")
-                rows[job] = json.loads((output / f"{job}.row.json").read_text())
-                print(f"{job}: {rows[job]['seconds']:.0f} s", flush=True)
-    finally:
-        for process in alive.values():
-            process.terminate()
-    return list(rows.values())
-
-
-def _start(job: str, scale: Scale, output: Path) -> subprocess.Popen[bytes]:
-    words = ["--job", job, "--output", str(output), *(["--small"] if scale is SMALL else [])]
-    with (output / f"{job}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, __file__, *words],
-            env={**os.environ, **ONE_THREAD},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=Path(__file__).parent,  # where thinking.py is
-        )
-
-
-def work(job: str, scale: Scale, output: Path) -> None:
-    """One replicate; its row is written beside its folder, which is then removed."""
-    name, _, number = job.rpartition("-")
-    row = replicate(name, int(number), scale, output)
-    save(output / f"{job}.row.json", row)
-    shutil.rmtree(output / job)
+def bench(scale: Scale) -> Bench:
+    """What is replicated."""
+    return Bench(
+        Path(__file__),
+        scale is SMALL,
+        list(SETTINGS),
+        scale.replicates,
+        lambda name, number, output: recipe(name, number, scale, output),
+        lambda name: list(methods(SETTINGS[name], scale)),
+        levels=scale.levels // 2,
+    )
 
 
 def table(rows: Sequence[Mapping[str, Any]], setting: str) -> str:
@@ -376,21 +215,14 @@ def contrasts(setting: str) -> list[tuple[str, str]]:
 
 def main() -> None:
     """Run what is missing, print, save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="ten minutes; claims nothing")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=1e9, help="start nothing after that")
-    parser.add_argument("--output", type=Path, default=Path("runs/curricula"))
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    words = parser.parse_args()
-    scale, output = (SMALL if words.small else FULL), words.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    words = arguments(__doc__.splitlines()[0], "runs/curricula")
+    scale = SMALL if words.small else FULL
     if words.job:
-        return work(words.job, scale, output)
-    file = output / "curricula.json" if words.small else FILE
+        return work(bench(scale), words.job, words.output)
+    file = words.output / "curricula.json" if words.small else FILE
     about = facts("scipy")
-    rows = run_all(scale, file, output, words.processes, words.minutes)
-    for setting in SETTINGS:
+    rows = run_all(bench(scale), file, words.output, words.processes, words.minutes)
+    for setting in words.settings or SETTINGS:
         if mine := [row for row in rows if row["setting"] == setting]:
             print(f"\n{table(rows, setting)}\n\n{compare(mine, contrasts(setting))}")
     save(file, {"facts": finished(about), "scale": asdict(scale), "rows": rows})

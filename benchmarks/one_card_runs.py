@@ -50,13 +50,6 @@ def ours(size: Size, folder: Path, log: Log) -> None:
         def _fresh(self, key: str) -> tuple[Any, Any]:
             return model(size, key), tokenizer(size.vocabulary)
 
-    class Watched(iteration.Training):
-        """Remembers what it played."""
-
-        def _generate(self, n: int) -> Any:
-            self.played, shards = super()._generate(n)
-            return self.played, shards
-
     class Clock(iteration._Clock):
         """Waits for the device at the end of every phase."""
 
@@ -69,7 +62,7 @@ def ours(size: Size, folder: Path, log: Log) -> None:
     config = recipe(size, folder)
     rows: list[list[dict[str, Any]]] = []
     with Here(config) as the_run:
-        training = Watched(the_run, config.stage("distilled"), Callback())
+        training = iteration.Training(the_run, config.stage("distilled"), Callback())
         published = _timed(training.student.engine, "publish")
         log.lap("set_up")
         with training.store:
@@ -82,7 +75,7 @@ def ours(size: Size, folder: Path, log: Log) -> None:
                 seconds = {k: v for k, v in metrics.items() if k.startswith("seconds/")}
                 step = {"wall": time.perf_counter() - began, "sync": published[-1], **seconds}
                 log.notes["steps"].append({**step, "loss": metrics["loss/reverse_kl"]})
-                streams = [stream for t in training.played for stream in t.streams]
+                streams = [stream for t in training.experience.last for stream in t.streams]
                 rows.append(
                     [
                         {"ids": s.ids.tolist(), "acted": (s.author == Author.ACTOR).tolist()}

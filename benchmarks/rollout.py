@@ -53,7 +53,7 @@ from agentdistill.students import tiny
 CONTENDERS = ("ours", "re-prefill", "generate")
 THINGS = 200
 """Different lines of observations; each is one token."""
-ROUNDS = 2
+ROUNDS = 4
 """Of everything that goes into an overlap."""
 STOP_EVERY = 16
 """Of so many ids one ends a response."""

@@ -72,6 +72,35 @@ def runs(tmp_path_factory) -> list[Path]:
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def weighed(tmp_path_factory) -> Path:
+    """A run whose stages weigh steps, follow a schedule and read notes; in a second or two."""
+    base = recipe(tmp_path_factory.mktemp("weighed"), name="weighed")
+    tiny = base["models"]["student"]
+    few = {"model": "student", "iterations": 1, "tasks": 2, "samples": 2, "guide": "demos"}
+    return api.distill(
+        {
+            **base,
+            "sampling": {"max_tokens": 3},
+            "models": {
+                **base["models"],
+                "stranger": {**tiny, "tokenizer": {"vocabulary": 320, "episodes": 5}},
+            },
+            "stages": [
+                *base["stages"][:2],
+                {"name": "stepped", "teacher": "taught", "method": "sod", "tasks": 4, "samples": 2,
+                 "iterations": 3},
+                {"name": "cache", "do": "collect", "policy": "stepped", "episodes": 24,
+                 "batch": 24, "only_success": False, "avoid_held_out": False},
+                {"name": "moved", "teacher": "taught", "method": "taid", "tasks": 4,
+                 "iterations": 3},
+                {"name": "told", "method": "pi-distill", **few},
+            ],
+            "evaluate": {"policies": []},
+        }
+    ).path  # fmt: skip
+
+
 def copied(runs, tmp_path: Path) -> Path:
     """A run of one's own to spoil."""
     return Path(shutil.copytree(runs[0], tmp_path / "copy"))

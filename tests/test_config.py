@@ -22,9 +22,16 @@ from agentdistill.config import (
     load,
 )
 from agentdistill.errors import ConfigError
-from agentdistill.methods.constraints import CONSTRAINTS, check
+from agentdistill.methods.constraints import (
+    CONSTRAINTS,
+    REMARKS,
+    Constraint,
+    check,
+    remarks,
+)
 from agentdistill.methods.index import METHODS, get
-from agentdistill.methods.space import Axes
+from agentdistill.methods.schedule import Schedule
+from agentdistill.methods.space import Axes, Choice, Method
 from agentdistill.quickstart import configure, recipe
 from agentdistill.recipe import validate
 from tests.toy import micro
@@ -37,6 +44,7 @@ BASE: dict[str, Any] = {
         {"name": "demos", "do": "collect"},
         {"name": "taught", "model": "big", "method": "sft", "data": "demos", "iterations": 3},
         {"name": "distilled", "teacher": "taught", "iterations": 5, "lr": 0.001},
+        {"name": "own", "do": "collect", "policy": "student"},
     ],
 }
 
@@ -321,39 +329,145 @@ GRPO: dict[str, Any] = {"method": "grpo", "teacher": None, "samples": 4}
 B2F: dict[str, Any] = {"method": "tcod-b2f", "guide": "demos"}
 LOSS: dict[str, Any] = {"coupling": "loss"}
 
+SELF: dict[str, Any] = {"source": "self"}
+LIVE: dict[str, Any] = {"source": "self", "update": "live"}
+HINT: dict[str, Any] = {"kind": "gold", "reader": "actor"}
+OWN: dict[str, Any] = {"method": "lightning-opd", "data": "own"}
+
 BROKEN: dict[str, list[dict[str, Any]]] = {
-    "teacher": [{"teacher": None}, {"method": "kd-sft", "teacher": None}],
-    "no teacher": [{**GRPO, "teacher": "big"}, {**SFT, "teacher": "big"}],
-    "data": [{**SFT, "data": None}, {"data": "demos"}],
-    "turns": [{**SFT, "turns": 100}],
+    "teacher": [
+        {"teacher": None},
+        {"method": "kd-sft", "teacher": None},
+        {"method": "kd", "teacher": None, "axes": {"scorer": SELF}},
+    ],
+    "no teacher": [
+        {**GRPO, "teacher": "big"},
+        {**SFT, "teacher": "big"},
+        {"method": "skill-sd", "samples": 2},
+    ],
+    "base": [{"base": "taught"}, {**SFT, "base": "taught"}],
+    "data": [
+        {**SFT, "data": None},
+        {"data": "demos"},
+        {"method": "gkd"},
+        {"method": "lightning-opd"},
+    ],
+    "cached": [{**OWN, "data": "demos"}, {**OWN, "init": "taught", "model": "big"}],
+    "turns": [{**SFT, "turns": 100}, {**OWN, "turns": 100}],
     "fixed": [{"axes": {"start": {"kind": "fixed"}}}],
     "K3": [
         {**GRPO, "axes": {"start": {"kind": "f2b"}}},
-        {
-            "samples": 4,
-            "axes": {"reward": {"kind": "grpo"}, "start": {"kind": "fixed", "turns": 2}},
-        },
+        {**GRPO, "axes": {"start": {"kind": "fixed", "turns": 2}}},
     ],
-    "K4": [{"method": "tcod-b2f"}, {"guide": "demos"}, {"method": "tcod-f2b", "guide": "demos"}],
+    "K4": [
+        {"method": "tcod-b2f"},
+        {"guide": "demos"},
+        {"method": "tcod-f2b", "guide": "demos"},
+        {"method": "opsd", "teacher": None},
+        {"method": "pi-opsd", "teacher": None, "samples": 2},
+        {"axes": {"context": {"kind": "demonstrations"}}},
+        {"method": "skill-sd", "teacher": None, "samples": 2, "guide": "demos"},
+    ],
     "start": [
         {"method": "kd", "axes": {"start": {"kind": "f2b"}}},
         {**SFT, "axes": {"start": {"kind": "fixed", "turns": 1}}},
+        {"method": "gkd", "data": "demos", "axes": {"start": {"kind": "f2b"}}},
     ],
-    "K5": [{**GRPO, "samples": 1}],
-    "K8": [{"method": "kd", "axes": {"signal": {"divergence": "k1", "coupling": "advantage"}}}],
-    "K10": [{"axes": {"signal": LOSS}}],
+    "K5": [
+        {**GRPO, "samples": 1},
+        {"method": "sdpo", "teacher": None},
+        {"method": "uni-opd"},
+        {"guide": "demos", "axes": {"context": HINT, "group": {"edit": "hint"}}},
+    ],
+    "K6": [
+        {"axes": {"also": [{}]}},
+        {"samples": 2, "axes": {"reward": {"kind": "grpo"}, "also": [{"coupling": "anchor"}]}},
+        {"axes": {"also": [{}], "signal": {"route": "failure"}}},
+    ],
+    "K7": [
+        {"axes": {"signal": {"coupling": "reward"}}},
+        {"axes": {"signal": {"coupling": "anchor"}}},
+        {"axes": {"signal": {"coupling": "magnitude"}}},
+    ],
+    "K8": [
+        {"method": "kd", "axes": {"signal": {"divergence": "k1", "coupling": "advantage"}}},
+        {"data": "demos", "axes": {"actor": "mixed"}},
+        {**SFT, "samples": 2, "axes": {"reward": {"kind": "grpo"}}},
+    ],
+    "K10": [{"axes": {"signal": LOSS}}, {"axes": {"also": [LOSS]}}],
     "coupling": [
         {"axes": {"signal": {"divergence": "jsd"}}},
         {"axes": {"signal": {"divergence": "k2"}}},
+        {"method": "rlad", "samples": 2, "axes": {"signal": {"divergence": "k3"}}},
+        {"method": "pi-opsd", "teacher": None, "samples": 2, "guide": "demos",
+         "axes": {"signal": {"divergence": "k2"}}},
+    ],
+    "target": [
+        {"axes": {"signal": {"share": 0.5, "rest": "student"}}},
+        {"axes": {"signal": {"share": {"from": 1, "to": 0.5}, "rest": "student"}}},
     ],
     "K11": [
         {"sampling": {"temperature": 0.7}},
         {"sampling": {"top_p": 0.9}},
         {"sampling": {"top_k": 5}},
         {**GRPO, "sampling": {"temperature": 0.0}},
+        {"method": "gkd", "data": "demos", "sampling": {"temperature": 0.9}},
     ],
+    "K12": [
+        {"teacher": None, "axes": {"scorer": LIVE}},
+        {"teacher": None, "axes": {"scorer": {"source": "self", "update": "sync"}}},
+        {**SFT, "axes": {"scorer": LIVE, "signal": {"divergence": "tvd"}}},
+        {"teacher": None, "axes": {
+            "scorer": LIVE,
+            "signal": {"divergence": "jsd", "coupling": "loss", "share": 0.5, "rest": "student"},
+        }},
+    ],
+    "context": [
+        {"guide": "demos", "axes": {"context": HINT}},
+        {**GRPO, "guide": "demos", "axes": {"context": {"kind": "gold"}}},
+        {"guide": "demos", "axes": {"actor": "informed", "context": {"kind": "gold"}}},
+    ],
+    "informed": [
+        {"axes": {"actor": "informed"}},
+        {"samples": 2, "axes": {"group": {"edit": "hint"}}},
+        {"samples": 2, "axes": {
+            "actor": "informed", "context": {"kind": "sibling", "reader": "actor"},
+        }},
+    ],
+    "episodes": [
+        {"method": "kd", "samples": 2, "axes": {"context": {"kind": "sibling"}}},
+        {**OWN, "axes": {"context": {"kind": "feedback"}}},
+        {"method": "gkd", "data": "demos", "axes": {"context": {"kind": "skill"}}},
+    ],
+    "edit": [
+        {**OWN, "samples": 2, "guide": "demos",
+         "axes": {"scorer": {"stored": False}, "context": HINT, "group": {"edit": "hint"}}},
+        {"method": "pi-distill", "teacher": None, "samples": 2, "guide": "demos",
+         "axes": {"group": {"edit": "hint"}}},
+    ],
+    "pass_rate": [
+        {"method": "kd", "axes": {"task": {"weight": "pass_rate"}}},
+        {**SFT, "axes": {"task": {"weight": "pass_rate"}}},
+    ],
+    "stored": [
+        {"axes": {"scorer": {"stored": True}}},
+        {**OWN, "axes": {"also": [{"divergence": "jsd", "coupling": "loss"}]}},
+        {**OWN, "teacher": None, "axes": {"scorer": SELF}},
+    ],
+    "analyser": [{"analyser": "grounded"}, {**SFT, "analyser": "big"}],
+    "rules": [
+        {**GRPO, "axes": {"weight": {"step": "sod"}}},
+        {**SFT, "axes": {"weight": {"token": "entropy"}}},
+    ],
+    "weights": [
+        {**GRPO, "axes": {"task": {"weight": "pass_rate"}}},
+        {**GRPO, "axes": {"weight": {"trajectory": "signed"}}},
+        {"method": "rlad", "samples": 2, "axes": {"weight": {"step": "sod"}}},
+        {"method": "rlad", "samples": 2, "axes": {"weight": {"normalise": "mean1"}}},
+    ],
+    "shift": [{"method": "opd-exact", "samples": 2, "axes": {"weight": {"shift": "margin"}}}],
     "nothing": [{"teacher": None, "axes": {"signal": {"divergence": "none"}}}],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -364,28 +478,133 @@ def test_constraints_refuse(name: str, fields: dict[str, Any]) -> None:
 
 
 def test_every_constraint_has_a_case() -> None:
-    assert [constraint.name for constraint in CONSTRAINTS] == list(BROKEN)
+    assert [constraint.name for constraint in CONSTRAINTS] == list(BROKEN) == list(ACCEPTED)
     assert len({constraint.name for constraint in CONSTRAINTS}) == len(CONSTRAINTS)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        SFT,
-        GRPO,
-        B2F,
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda one: one.name)
+def test_a_refusal_names_keys_values_and_remedy(constraint: Constraint) -> None:
+    chosen = stage(**BROKEN[constraint.name][0])
+    with pytest.raises(ConfigError) as refused:
+        check(base(), chosen, get(chosen.method).resolve(chosen.axes))
+    before, _, after = str(refused.value).partition(f" ({constraint.name}): ")
+    assert after == constraint.remedy
+    parts = before.removeprefix("stages.one: ")
+    for key in constraint.keys.split(", "):
+        value = {"teacher": chosen.teacher, "data": chosen.data, "turns": chosen.turns,
+                 "samples": chosen.samples, "guide": chosen.guide}.get(key)  # fmt: skip
+        assert f"{key}={value!r}" in parts if value is not None else key in parts
+    assert "object at" not in before and "<" not in before
+
+
+REWARDED: dict[str, Any] = {"samples": 2, "axes": {"reward": {"kind": "grpo"}}}
+ACCEPTED: dict[str, list[dict[str, Any]]] = {
+    "teacher": [{}, {"method": "kd", "axes": {"scorer": SELF}}],
+    "no teacher": [SFT, GRPO, {**SFT, "teacher": "big", "axes": {"signal": {"divergence": "tvd"}}}],
+    "base": [
+        {"base": "taught", "axes": {"signal": {"share": 1.25}}},
+        {"base": "taught", "axes": {"signal": {"share": {"from": 1, "to": 1.25}}}},
+        {"method": "exopd"},
+    ],
+    "data": [{"method": "gkd", "data": "demos"}, {**SFT, "method": "redi", "data": "own"}],
+    "cached": [OWN, {**OWN, "data": "demos", "method": "kd", "axes": {"actor": "data"}}],
+    "turns": [{"turns": 100}, {"method": "kd", "turns": 100}],
+    "fixed": [{"axes": {"start": {"kind": "fixed", "turns": 3}}}],
+    "K3": [{**REWARDED, **B2F}, {**REWARDED, "method": "tcod-f2b"}],
+    "K4": [B2F, {"method": "opsd", "teacher": None, "guide": "demos"}],
+    "start": [{"method": "pi-distill", "teacher": None, "guide": "demos", "samples": 2,
+               "axes": {"start": {"kind": "f2b"}}}],
+    "K5": [{"method": "sdpo", "teacher": None, "samples": 2}, {"method": "uni-opd", "samples": 2}],
+    "K6": [
+        {"axes": {"signal": {"route": "failure"}, "also": [{"route": "success"}]}},
+        {"axes": {"also": [{"divergence": "k2", "coupling": "loss"}]}},
+    ],
+    "K7": [{"method": "rlad", "samples": 2}, {"method": "rlsd", "teacher": None, "samples": 2,
+                                              "guide": "demos"}],
+    "K8": [OWN, {"method": "pi-distill", "teacher": None, "samples": 2, "guide": "demos"}],
+    "K10": [{"axes": {"signal": {"divergence": d, **LOSS}}} for d in ("k2", "k3", "rho_k3")],
+    "coupling": [
+        {**REWARDED, "axes": {"reward": {"kind": "grpo"}, "signal": {"coupling": "reward"}}},
+        {"axes": {"signal": {"divergence": "jsd", **LOSS}}},
+    ],
+    "target": [
+        {"axes": {"signal": {"share": 0.5, "rest": "student", "divergence": "tvd", **LOSS}}},
+        {"method": "taid"},
+    ],
+    "K11": [
         {**SFT, "sampling": {"temperature": 0.5}},
         {"method": "kd", "sampling": {"temperature": 0.5}},
-        {"samples": 2, "axes": {"reward": {"kind": "grpo"}}},
-        {**B2F, "samples": 2, "axes": {"reward": {"kind": "grpo"}}},
-        {"axes": {"start": {"kind": "fixed", "turns": 3}}},
-        {"axes": {"signal": {"divergence": "k2", **LOSS}}},
-        {**SFT, "teacher": "big", "axes": {"signal": {"divergence": "forward_kl"}}},
+        {**OWN, "sampling": {"top_k": 5}},
     ],
-)
+    "K12": [
+        {"teacher": None, "axes": {"scorer": SELF}},
+        {"teacher": None, "axes": {"scorer": {**SELF, "update": "sync", "every": 2}}},
+        {"teacher": None, "guide": "demos", "axes": {"scorer": LIVE, "context": {"kind": "gold"}}},
+        {"teacher": None, "axes": {"scorer": LIVE, "signal": {"share": 1.5}}},
+    ],
+    "context": [
+        {"guide": "demos", "axes": {"context": {"kind": "gold"}}},
+        {"guide": "demos", "axes": {"actor": "informed", "context": HINT}},
+        {**SFT, "guide": "demos", "axes": {"context": HINT}},
+    ],
+    "informed": [
+        {"axes": {"actor": "informed", "context": {"kind": "skill", "reader": "actor"}}},
+        {"method": "kepo", "samples": 2, "guide": "demos"},
+    ],
+    "episodes": [
+        {"samples": 2, "axes": {"context": {"kind": "sibling"}}},
+        {"method": "skill-sd", "teacher": None, "samples": 2},
+        {"axes": {"context": {"kind": "feedback"}}},
+    ],
+    "edit": [
+        {"samples": 2, "guide": "demos", "axes": {"context": HINT, "group": {"edit": "hint"}}},
+    ],
+    "pass_rate": [{"method": "paced"}, {**OWN, "axes": {"task": {"weight": "pass_rate"}}}],
+    "stored": [{**OWN, "axes": {"also": [{"divergence": "nll", **LOSS}]}}],
+    "analyser": [
+        {"method": "skill-sd", "teacher": None, "samples": 2, "analyser": name}
+        for name in ("grounded", "big", "taught")
+    ],
+    "rules": [{**SFT, "method": "redi"}, {"method": "sod", "samples": 2}],
+    "weights": [
+        {"axes": {"weight": {"step": "sod"}}},
+        {"method": "opd-exact", "axes": {"task": {"weight": "pass_rate"}}},
+        {"samples": 2, "method": "rlad", "axes": {"weight": {"shift": "margin"}}},
+    ],
+    "shift": [{**GRPO, "axes": {"weight": {"shift": "margin"}}}],
+    "nothing": [GRPO, SFT],
+}  # fmt: skip
+"""What is nearest to the broken cases and can work."""
+
+
+@pytest.mark.parametrize("fields", [case for cases in ACCEPTED.values() for case in cases])
 def test_what_can_work_passes(fields: dict[str, Any]) -> None:
     assert verdict(stage(**fields)) is None
+
+
+REMARKED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "K10": (
+        {"axes": {"signal": {"divergence": "k3", **LOSS}}},
+        {"axes": {"signal": {"divergence": "rho_k3", **LOSS}}},
+    ),
+    "K3": ({**REWARDED, "method": "tcod-f2b"}, {**REWARDED, **B2F}),
+}
+"""What is remarked on, and its neighbour that is not."""
+
+
+def test_every_remark_is_made_where_it_belongs() -> None:
+    assert [remark.name for remark in REMARKS] == list(REMARKED)
+    for remark in REMARKS:
+        found = []
+        for fields in REMARKED[remark.name]:
+            chosen = stage(**fields)
+            assert verdict(chosen) is None
+            found.append(remarks(base(), chosen, get(chosen.method).resolve(chosen.axes)))
+        (line,), none = found
+        assert line.startswith("stages.one: ") and line.endswith(
+            f"({remark.name}): {remark.remedy}"
+        )
+        assert none == []
 
 
 def test_the_runs_sampling_counts_unless_the_stage_has_its_own() -> None:
@@ -399,16 +618,17 @@ def test_every_method_resolves_and_validates(name: str, tmp_path: Path) -> None:
     method = get(name)
     axes = method.resolve({})
     assert axes == method.axes and method.name == name
-    assert Axes.model_validate(axes.model_dump()) == axes
+    assert Axes.model_validate(axes.model_dump(by_alias=True)) == axes
+    assert method.resolve(axes.model_dump(by_alias=True)) == axes, "what is shown can be written"
     fields: dict[str, Any] = {"name": "one", "method": name, "iterations": 1, "samples": 2}
     if axes.needs_teacher:
         fields["teacher"] = "taught"
-    if axes.actor == "data":
-        fields["data"] = "demos"
-    if axes.start.kind == "b2f":
+    if axes.actor in ("data", "mixed", "cached"):
+        fields["data"] = "own" if axes.actor == "cached" else "demos"
+    if axes.start.kind == "b2f" or axes.context.kind in ("gold", "actions"):
         fields["guide"] = "demos"
     values = micro(tmp_path)
-    values["stages"].append(fields)
+    values["stages"] += [{"name": "own", "do": "collect", "policy": "student"}, fields]
     validate(load(values))
     assert configure(name).stage("distilled").do == "train"
 
@@ -427,12 +647,140 @@ def test_axes_are_overridden_one_by_one() -> None:
         ({"signal": {"divergence": "kl"}}, "axes.signal.divergence='kl': Input should be 'none', "),
         ({"start": {"eta": 0}}, "axes.start.eta=0: Input should be greater than or equal to 1"),
         ({"reward": 3}, "axes.reward=3: "),
+        (
+            {"signal": {"support": "both"}},
+            "axes.signal.support='both': Input should be 'student' or",
+        ),
+        ({"signal": {"share": "half"}}, "axes.signal.share='half': "),
+        ({"also": [{"divergense": "k1"}]}, "axes.also.0.divergense='k1': unknown key"),
+        ({"context": {"text": "no place"}}, "axes.context.text='no place': "),
+        ({"weight": {"step": {"delta": "wide"}}}, "delta='wide': "),
+        # schedules: wrong ends, wrong places, wrong shapes
+        (
+            {"signal": {"beta": {"from": 0, "to": 2}}},
+            "axes.signal.beta=2.0: Input should be less than or equal to 1",
+        ),
+        (
+            {"signal": {"temperature": {"from": 0, "to": 1}}},
+            "axes.signal.temperature=0.0: Input should be greater than 0",
+        ),
+        ({"signal": {"cof": {"from": 0, "to": 1}}}, "axes.signal.cof=1.0: unknown key; did you"),
+        ({"schedules": {"signal.cof": {"from": 0, "to": 1}}}, "axes.signal.cof=1.0: unknown key"),
+        ({"sgnal": {"coef": {"from": 0, "to": 1}}}, "did you mean signal?"),
+        ({"schedules": {"sgnal.coef": {"from": 0, "to": 1}}}, "axes.sgnal"),
+        ({"schedules": {"also.0.coef": {"from": 0, "to": 1}}}, "axes.also"),
+        ({"schedules": {"shared": {"from": 0, "to": 1}}}, "axes.shared"),
+        ({"shared": {"from": 0, "to": 1}}, "axes.shared"),
+        ({"scorer": {"stored": {"from": 0, "to": 1}}}, "axes.scorer.stored"),
+        ({"over": {"from": 0, "to": 1}}, "axes.over"),
+        ({"signal": {"coef": {"from": 0, "to": "x"}}}, "axes.schedules.signal.coef.to='x': "),
+        ({"signal": {"coef": {"from": 0, "to": 1, "ovr": 1}}}, "ovr=1: unknown key"),
+        (
+            {"signal": {"coef": {"from": 0, "to": 1, "over": 0}}},
+            "axes.schedules.signal.coef.over=0: Input should be greater than 0",
+        ),
+        (
+            {"signal": {"coef": {"from": 0, "to": 1, "shape": "wave"}}},
+            "axes.schedules.signal.coef.shape='wave': ",
+        ),
     ],
 )
 def test_axes_refuse(axes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         get("opd").resolve(axes)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+RULES: list[tuple[dict[str, Any], str]] = [
+    ({"weight": {"step": "sop"}}, "step rule='sop': one of none, sod"),
+    ({"weight": {"token": "sod"}}, "token rule='sod': one of none, entropy"),
+    ({"signal": {"route": "sucess"}}, "route rule='sucess': one of none, success, failure, above"),
+    ({"weight": {"step": {"name": "sod", "dleta": 1}}}, "step='dleta': no parameter of sod; known"),
+    (
+        {"weight": {"step": {"name": "sod", "parameters": {"dleta": 1}}}},
+        "step='dleta': no parameter of sod; known: delta, eps",
+    ),
+    (
+        {"weight": {"step": {"name": "sod", "dleta": {"from": 0, "to": 1}}}},
+        "step='dleta': no parameter of sod; known: delta, eps",
+    ),
+    (
+        {"signal": {"route": {"name": "failure", "tau": 1}}},
+        "route='tau': no parameter of failure; known: none",
+    ),
+]
+
+
+@pytest.mark.parametrize(("axes", "message"), RULES)
+def test_rules_refuse(axes: dict[str, Any], message: str) -> None:
+    chosen = stage(axes=axes)
+    with pytest.raises(ConfigError) as refused:
+        check(base(), chosen, get("opd").resolve(axes))
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_rules_can_be_written_in_three_ways() -> None:
+    written = (
+        {"name": "sod", "delta": 0.5},
+        {"name": "sod", "parameters": {"delta": 0.5}},
+    )
+    found = [get("opd").resolve({"weight": {"step": value}}).weight.step for value in written]
+    assert found[0] == found[1] == Choice(name="sod", parameters={"delta": 0.5})
+    plain = get("opd").resolve({"weight": {"step": "sod"}}).weight.step
+    assert plain == get("sod").axes.weight.step == Choice(name="sod")
+    # On top of a preset: its rule's parameters one by one; another rule begins anew.
+    assert get("sod").resolve({"weight": {"step": {"delta": 0.5}}}).weight.step == found[0]
+    scope = Method("x", "", get("scope").resolve({"weight": {"trajectory": {"tau": 2}}}))
+    kept = scope.resolve({"weight": {"trajectory": {"sign": -1}}}).weight.trajectory
+    assert kept == Choice(name="perplexity", parameters={"tau": 2, "sign": -1})
+    other = scope.resolve({"weight": {"trajectory": {"name": "signed"}}}).weight.trajectory
+    assert other == Choice(name="signed")
+    assert not get("sod").resolve({"weight": {"step": "none"}}).weight.step
+
+
+def test_schedules_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    text = yaml.safe_dump(BASE).replace(
+        "lr: 0.001", "lr: 0.001\n  axes: {signal: {coef: {from: 0, to: 1, over: 0.5}}}"
+    )
+    path.write_text(text)
+    key = "stages.distilled.axes.signal.coef"
+    configs = [
+        load(path),
+        base(f"{key}={{from: 0, to: 1, over: 0.5}}"),
+        base(f"{key}.from=0", f"{key}.to=1", f"{key}.over=0.5"),
+        base("stages.distilled.axes.schedules={signal.coef: {from: 0, to: 1, over: 0.5}}"),
+    ]
+    wanted = Schedule.model_validate({"from": 0, "to": 1, "over": 0.5})
+    for config in configs:
+        distilled = config.stage("distilled")
+        assert isinstance(distilled, TrainStage)
+        axes = get("opd").resolve(distilled.axes)
+        assert axes.schedules == {"signal.coef": wanted}
+        assert axes.signal.coef == 0, "a stage begins where its schedule does"
+        assert [axes.at({"signal.coef": wanted.value(p)}).signal.coef for p in (0.25, 1)] == [
+            0.5,
+            1,
+        ]
+        assert load(config.model_dump(mode="json")) == config
+    assert len({config.fingerprint for config in configs[:3]}) == 1 != configs[0] != base()
+
+
+def test_presets_are_overridden_key_by_key() -> None:
+    taid, moving = get("taid"), {"from": 0.2, "to": 0.9}
+    assert taid.resolve({"signal": {"share": 0.7}}).schedules == {}, "a number ends the schedule"
+    assert taid.resolve({"signal": {"share": 0.7}}).signal.share == 0.7
+    other = taid.resolve({"signal": {"share": moving}})
+    assert other.schedules == {"signal.share": Schedule.model_validate(moving)}
+    assert (other.signal.share, other.signal.rest) == (0.2, "student")
+    both = taid.resolve({"signal": {"coef": moving}})
+    assert set(both.schedules) == {"signal.share", "signal.coef"}
+    assert taid.resolve({"signal": {"divergence": "jsd"}}).schedules == taid.axes.schedules
+    sdpo = get("sdpo").resolve({"scorer": {"rate": 0.5}, "context": {"feedback": "never"}})
+    assert sdpo.scorer == get("sdpo").axes.scorer.model_copy(update={"rate": 0.5})
+    assert sdpo.context.kind == "sibling" and sdpo.signal == get("sdpo").axes.signal
+    scope = get("scope").resolve({"also": []})
+    assert scope.also == () and scope.signal == get("scope").axes.signal
 
 
 def test_an_unknown_method() -> None:
@@ -453,7 +801,7 @@ def test_an_unknown_method() -> None:
         (["evaluate.split=test"], "evaluate.split='test': this environment has the splits train"),
         (["evaluate.tasks=99"], "evaluate.tasks=99: split report of this environment has only"),
         (["stages.distilled.axes.signal.coupling=loss"], "stages.distilled: axes.signal"),
-        (["stages.distilled.method=odp"], "method='odp': unknown method; did you mean opd?"),
+        (["stages.distilled.method=opdd"], "method='opdd': unknown method; did you mean opd?"),
         (["env.id=tests.toy:Corridr"], "env"),
         (["env.id=agentdistill/Nowhere-v0"], "env"),
         (["env.options.lenght=3"], "lenght"),

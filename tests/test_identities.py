@@ -26,9 +26,9 @@ from agentdistill.optimise import backward
 from agentdistill.records import Actor, Kind, StreamBuilder, Task, Trajectory, Turn
 from agentdistill.table import Table, build
 from agentdistill.teachers.scorer import LocalScorer
-from agentdistill.views import PLAIN, plain, within
 from tests.dense import gap, gradient, logits_at, make_model, table_logits
 from tests.faults.watch import model, recorded, tokenizer, update
+from tests.methods import descend, episodes, rates_of, scored
 
 SAME = 1e-6
 
@@ -232,14 +232,13 @@ def test_sft_is_forward_kl_to_a_teacher_that_is_certain() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_tables_without_rows_are_no_accident(name: str) -> None:
-    axes, played = get(name).resolve({}), list(recorded()[:2])
-    for trajectories, limit in (([], 99), (played, 1)):
-        table = build(trajectories)
-        table.add_view(PLAIN, within(plain, limit))
-        batch, nothing = update(axes, table)
+    axes = get(name).resolve({})
+    for played, limit in (((), 99), (episodes()[:2], 1)):
+        table, heads = scored(axes, played, limit=limit)
+        metrics = plan.fill(table, axes, pass_rates=rates_of(axes, played), heads=heads)
+        batch, nothing = descend(axes, (table, heads))
         assert (batch.rows, float(nothing.norm())) == (0, 0.0)
-        metrics = {**plan.fill(table, axes), **batch.as_metrics()}
-        assert all(math.isfinite(value) for value in metrics.values())
+        assert all(math.isfinite(value) for value in {**metrics, **batch.as_metrics()}.values())
 
 
 @pytest.mark.parametrize("name", ["opd", "opd-exact", "kd"])

@@ -65,7 +65,7 @@ print(json.dumps([played, lacking, [name for name in {HEAVY} if name in sys.modu
 """
     played, lacking, heavy = json.loads(_python("-W", "ignore", "-c", code).stdout)
     assert "agentdistill/Sokoban-v0" in played
-    assert len(played) + len(lacking) == 5
+    assert len(played) + len(lacking) == 6
     assert all(needs and all(needs) for needs in lacking.values())
     assert heavy == []
 

@@ -40,7 +40,6 @@ from agentdistill.engines.base import Sampling
 from agentdistill.engines.hf import HFEngine
 from agentdistill.errors import ConfigError, EngineError
 from agentdistill.iteration import Training
-from agentdistill.methods import compile as plan
 from agentdistill.optimise import Optimiser
 from agentdistill.recipe import execute
 from agentdistill.records import Actor, Author, Task, Trajectory, Turn
@@ -518,7 +517,7 @@ def test_two_vocabularies_share_texts_and_not_probabilities(tmp_path: Path) -> N
     assert training.teacher is not None
     assert len(training.teacher.tokenizer) > len(training.student.tokenizer)
     with training.store:
-        trajectories, _ = training._generate(0)
+        trajectories, _ = training.experience.of(0)
     words = training.student.tokenizer
     for trajectory in trajectories:
         assert trajectory.provenance["renderer"] == training.student.renderer.fingerprint
@@ -560,12 +559,11 @@ def test_dropout_belongs_to_the_update_alone(tmp_path: Path, dropout: float, lor
                 module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     with training.store:
         for n in range(2):  # the second time after an update
-            table, _ = training._table(training._generate(n)[0])
-            training._score(table)
-            plan.fill(table, training.axes)
+            trajectories, _ = training.experience.of(n)
+            table, _ = training._scored(trajectories, training.axes, n, {})
             assert set(modes) == {False}
             modes.clear()
-            training._update(table, n)
+            training._update(table, training.axes, n)
             assert set(modes) == {True}
             modes.clear()
             if n == 0:

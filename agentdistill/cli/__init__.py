@@ -8,10 +8,13 @@ is a bug and shows its traceback. Nothing but typer is imported before a verb ru
 import os
 import sys
 
-from agentdistill.cli import compare, data, lists, panels, plan, report, runs, setup
+from agentdistill.cli import compare, data, diagnose, lists, panels, plan, report, runs, setup
 from agentdistill.cli.base import app
 
-__all__ = ["app", "compare", "data", "lists", "main", "panels", "plan", "report", "runs", "setup"]
+__all__ = [
+    "app", "compare", "data", "diagnose", "lists", "main", "panels", "plan", "report", "runs",
+    "setup",
+]  # fmt: skip
 
 
 def main() -> None:

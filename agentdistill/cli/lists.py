@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from agentdistill.cli.base import EnvOptions, Json, Overrides, app, document
 from agentdistill.errors import AgentDistillError, ConfigError
+
+if TYPE_CHECKING:
+    from agentdistill.methods.space import Axes
 
 envs = typer.Typer(rich_markup_mode=None, help="List environments, or check one.")
 methods = typer.Typer(rich_markup_mode=None, help="List methods, show one, or compare two.")
@@ -179,8 +182,33 @@ def _method(name: str) -> dict[str, Any]:
             for rule in CONSTRAINTS
             if rule.broken(run, stage, method.axes)
         ],
-        "axes": method.axes.model_dump(mode="json"),
+        "requires": _requires(method.axes),
+        "axes": method.axes.model_dump(mode="json", by_alias=True),
     }
+
+
+def _requires(axes: Axes) -> list[str]:
+    """What must be there besides a student and an environment, in words."""
+    from agentdistill.methods.space import FULL
+
+    found = []
+    if axes.needs_teacher:
+        acts = axes.actor == "teacher"
+        full = any(s.divergence in FULL for s in axes.signals)
+        scores = "whole distributions" if full else "log-probabilities of given tokens"
+        parts = [*(["acts"] if acts else []), *([f"scores: {scores}"] if axes.scores else [])]
+        found.append(f"teacher that {' and '.join(parts)}")
+    elif axes.scores:
+        found.append(f"no other model: the student's weights, {axes.scorer.update}, are the scorer")
+    if axes.needs_base:
+        found.append("base: a model, or the student's start")
+    if axes.reward.kind != "none":
+        found.append(f"reward: {axes.reward.source}, in groups of samples")
+    if axes.context.kind != "same":
+        found.append(f"privileged text for the {axes.context.reader}: {axes.context.kind}")
+    if axes.actor in ("data", "cached", "mixed"):
+        found.append("recorded episodes")
+    return found
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -67,21 +69,60 @@ def train(
     stage: Annotated[
         str | None, typer.Option(help="Run only this stage and what it needs; no evaluation.")
     ] = None,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse",
+            help="Run it in small on random models and generated data, to see that it runs. "
+            "In a temporary folder, or in one given as output=FOLDER.",
+        ),
+    ] = False,
     tensorboard: Board = False,
     as_json: Json = False,
 ) -> None:
     """Run the stages of a configuration and its evaluation; repeat the command to resume."""
-    from agentdistill import api
     from agentdistill.config import load
 
     loaded = load(config, overrides or ())
+    if not rehearse:
+        _train(loaded, stage, tensorboard, as_json)
+        return
+    kept = any(change.startswith("output=") for change in overrides or ())
+    with _rehearsed(loaded, kept) as (small, replaced):
+        if not as_json:
+            print("rehearsal, not the run itself; replaced:", *replaced, "", sep="\n")
+        _train(small, stage, tensorboard, as_json, {"replaced": replaced})
+    if not (kept or as_json):
+        print("the folder was temporary; output=FOLDER keeps it")
+
+
+@contextmanager
+def _rehearsed(config: RunConfig, kept: bool) -> Iterator[tuple[RunConfig, list[str]]]:
+    """``config`` in small, and what is replaced; its folder vanishes afterwards unless ``kept``."""
+    from agentdistill.rehearsal import changes, rehearse
+
+    small = rehearse(config)
+    replaced = changes(config, small)
+    with TemporaryDirectory(prefix="agentdistill-", ignore_cleanup_errors=True) as folder:
+        yield small if kept else small.model_copy(update={"output": folder}), replaced
+
+
+def _train(
+    loaded: RunConfig,
+    stage: str | None,
+    tensorboard: bool,
+    as_json: bool,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Run ``loaded``, or one stage of it, and show the outcome."""
+    from agentdistill import api
 
     def work(callbacks: Sequence[Callback]) -> Outcome:
         if stage is None:
             return api.distill(loaded, (), callbacks)
         return api.train(loaded, stage, (), callbacks)
 
-    _run(loaded, work, tensorboard, as_json, only=stage)
+    _run(loaded, work, tensorboard, as_json, only=stage, facts=facts)
 
 
 def _run(
@@ -91,8 +132,9 @@ def _run(
     as_json: bool,
     labels: Mapping[str, str] | None = None,
     only: str | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Do ``work`` with progress, and show its outcome."""
+    """Do ``work`` with progress, and show its outcome; ``facts`` go into the document."""
     from agentdistill import display
     from agentdistill.run import Run
 
@@ -105,7 +147,7 @@ def _run(
     seconds = time.monotonic() - began
     written = display.save(outcome, config, seconds, labels) if outcome.results else {}
     if as_json:
-        document({"seconds": round(seconds, 3), **outcome.to_json(), **written})
+        document({"seconds": round(seconds, 3), **outcome.to_json(), **written, **(facts or {})})
         return
     if outcome.results:
         table = display.rows(outcome.results, outcome.stages, labels)

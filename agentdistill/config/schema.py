@@ -129,6 +129,9 @@ class CollectStage(Section):
     """Drop episodes that pass through a start state of a held-out task."""
     batch: int = Field(64, ge=1)
     """Episodes played at once; also one commit."""
+    first_thought: bool = False
+    """Ask the model for a step-by-step answer first, and put its beginning into its mouth as the
+    opening of the first response (agent-distillation, arXiv 2505.17612)."""
     sampling: SamplingConfig | None = None
 
 
@@ -148,9 +151,16 @@ class TrainStage(Section):
     teacher: str | None = None
     """Train stage or model that teaches; None where the method needs none."""
     data: str | None = None
-    """Collect stage to learn from, for methods whose actor is ``data``."""
+    """Collect stage to learn from, for methods whose actor is ``data``, ``cached`` or ``mixed``."""
     guide: str | None = None
-    """Collect stage with the demonstrations that a backward curriculum replays."""
+    """Collect stage with the demonstrations that a backward curriculum replays, or that only the
+    scorer reads (contexts gold, actions, demonstrations)."""
+    base: str | None = None
+    """Train stage or model whose logits have the rest of an extrapolated target; None takes the
+    student's start."""
+    analyser: str | None = None
+    """Who writes skills (context skill): ``grounded`` (from what the environment did, no model), or
+    a train stage or model."""
     limit: int | None = Field(None, ge=1)
     """Use only so many episodes of ``data``."""
     iterations: int | None = Field(None, ge=1)
@@ -263,11 +273,11 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _references(self) -> RunConfig:
         seen: dict[str, str] = {name: "model" for name in self.models}
-        for name in ("expert", "random"):
+        for name in _BUILT_IN:
             if name in seen:
                 raise ValueError(f"models.{name}: this name is taken; choose another one")
         for stage in self.stages:
-            if stage.name in seen or stage.name in ("expert", "random"):
+            if stage.name in seen or stage.name in _BUILT_IN:
                 raise ValueError(f"stages.{stage.name}: this name is taken; choose another one")
             for key, kinds in _REFERENCES.items():
                 value = getattr(stage, key, None)
@@ -295,8 +305,12 @@ class RunConfig(Section):
 
     @property
     def fingerprint(self) -> str:
-        """Identity of what the run computes (not of where it is written)."""
-        return digest(self.model_dump(mode="json", exclude={"output", "name", "workers"}))
+        """Identity of what the run computes (not of where it is written).
+
+        Defaults are left out, so that a key that is new in a later version changes no run.
+        """
+        exclude = {"output", "name", "workers"}
+        return digest(self.model_dump(mode="json", exclude=exclude, exclude_defaults=True))
 
     def stage(self, name: str) -> StageConfig:
         """The stage called ``name``."""
@@ -307,6 +321,8 @@ class RunConfig(Section):
         raise ConfigError(f"no such stage; known: {known}", key="stage", value=name)
 
 
+_BUILT_IN = ("expert", "random", "grounded")
+
 _REFERENCES: dict[str, tuple[str, ...]] = {
     "policy": ("model", "train", "built-in"),
     "model": ("model",),
@@ -314,16 +330,21 @@ _REFERENCES: dict[str, tuple[str, ...]] = {
     "teacher": ("model", "train"),
     "data": ("collect",),
     "guide": ("collect",),
+    "base": ("model", "train"),
+    "analyser": ("model", "train", "grounded"),
 }
 
 
 def _known(key: str, value: str, seen: Mapping[str, str], kinds: tuple[str, ...]) -> None:
     if "built-in" in kinds and value in ("expert", "random"):
         return
+    if value == "grounded" and value in kinds:
+        return
     if seen.get(value) in kinds:
         return
     known = [name for name, kind in seen.items() if kind in kinds]
     known += ["expert", "random"] if "built-in" in kinds else []
+    known += ["grounded"] if "grounded" in kinds else []
     raise ValueError(
         f"{key}={value!r} names nothing before it; known: {', '.join(known) or 'none'}"
     )

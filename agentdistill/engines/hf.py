@@ -2,27 +2,29 @@
 
 Invariants
 ----------
-* Requests that wait together run together: the batch is whatever has arrived when the queue has
-  stopped growing for two passes of the event loop. There are no timers, so the batches depend on
-  the order of the coroutines and on nothing else.
-* A response depends on its ids, its sampling, its seed and the weights. Each request has its own
-  random numbers, one per token, turned into a token by the inverse of the cumulative distribution.
-* The batch runs synchronously inside the event loop. Whoever could use the loop meanwhile is
-  waiting for this batch, or works in a thread or process of its own; and the trainer shares the
-  module, which must not be updated while it generates.
-* An error belongs to the request that caused it. An unexpected one fails the batch that it
-  happened in, drops all kept keys and values, and leaves the engine usable.
-* The module leaves a batch as it came: same mode of every submodule, no gradients.
+* Requests that wait together run together: a batch begins with whatever has arrived when the queue
+  has stopped growing for two passes of the event loop. There are no timers, so the batches depend
+  on the order of the coroutines and on nothing else.
+* Each response is delivered with its last token, so that an environment works while others still
+  draw. A session that was answered and has not come back is away. While somebody is away, those
+  who wait join those who run as soon as they are no fewer; with nobody away they would all be in
+  step again after this batch, and wait for its end: a prefill in parts costs more than one.
+* A response depends on its ids, its sampling, its seed and the weights
+  (:mod:`~agentdistill.engines.batch`), not on when it was asked for, up to rounding. Where
+  environments run in threads their clocks decide who shares a forward, and so the rounding.
+* A token is drawn synchronously inside the event loop, which the others have between two tokens.
+  The trainer shares the module, which must not be updated while somebody generates;
+  :meth:`HFEngine.publish` lets whoever does start again.
+* An error belongs to the request that caused it. An unexpected one fails whoever ran when it
+  happened, drops all kept keys and values, and leaves the engine usable.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -32,9 +34,13 @@ from torch import Tensor, nn
 
 from agentdistill.engines import forward
 from agentdistill.engines.base import Capabilities, Engine, Sample, Sampling, ScoreRequest, Scores
-from agentdistill.engines.kv import open_kv
+from agentdistill.engines.batch import Batch, Request
+from agentdistill.engines.refill import open_kv
 from agentdistill.errors import EngineError
 from agentdistill.records import Usage
+
+PASSES = 2
+"""Of the event loop between two tokens: what a thread has finished is a request after so many."""
 
 SHORT = 8
 """Responses of at most this many ids are decoded once and remembered."""
@@ -81,7 +87,8 @@ class HFEngine(Engine):
         self._limit = getattr(forward.body(model).config, "max_position_embeddings", None)
         self.stop_ids = frozenset(_end_ids(model, tokenizer) if stop_ids is None else stop_ids)
         self._decode_short = lru_cache(maxsize=1 << 14)(self._decode)
-        self._waiting: deque[_Request] = deque()
+        self._waiting: deque[Request] = deque()
+        self._away: set[str] = set()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         with forward.evaluating(model):
@@ -93,6 +100,7 @@ class HFEngine(Engine):
                 keep=reuse_kv,
                 budget=budget,
             )
+        self._batch = Batch(model, self._kv, self.stop_ids)
         self._notes = tuple(filter(None, (why, "" if self.stop_ids else _ENDLESS)))
 
     @property
@@ -112,7 +120,10 @@ class HFEngine(Engine):
             raise EngineError(f"engine {self.name!r} is closed")
         loop = asyncio.get_running_loop()
         prompt = ids.tolist() if isinstance(ids, np.ndarray | Tensor) else list(ids)
-        request = _Request(prompt, sampling, seed, session, loop.create_future())
+        request = Request(prompt, sampling, seed, session, loop.create_future())
+        if problem := self._problem(request):
+            raise EngineError(problem)
+        self._away.discard(session or "")
         self._waiting.append(request)
         if self._task is None or self._task.done() or self._task.get_loop() is not loop:
             self._task = loop.create_task(self._flush(loop))
@@ -142,34 +153,39 @@ class HFEngine(Engine):
 
     def release(self, session: str) -> None:
         """Forget the keys and values of ``session``."""
+        self._away.discard(session)
         self._kv.release(session)
 
     def publish(self, version: int) -> None:
-        """The weights changed: keys and values of the old ones are dropped."""
+        """The weights changed: what the old ones computed is dropped, responses start again."""
         super().publish(version)
-        self._kv.clear()
+        self._away.clear()
+        self._restart()
 
     async def close(self) -> None:
         """Free the cache and refuse what still waits."""
         self._closed = True
-        self._kv.clear()
-        while self._waiting:
-            self._waiting.popleft().fail(f"engine {self.name!r} was closed")
+        for request in (*self._batch.dissolve(), *self._waiting):
+            request.fail(f"engine {self.name!r} was closed")
+        self._waiting.clear()
 
     async def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run batches in order of arrival until nobody waits."""
+        """Draw token after token, in order of arrival, until nobody waits."""
+        batch = self._batch
         try:
-            while self._waiting:
-                await self._settle()
-                batch: list[_Request] = []
-                while self._waiting and len(batch) < self._max_batch:
-                    request = self._waiting.popleft()
-                    # Cancelled, or left over from an event loop that is gone.
-                    if not request.future.done() and request.future.get_loop() is loop:
-                        batch.append(request)
-                self._run(batch)
+            while self._waiting or batch.rows:
+                batch.leave([r for r in batch.rows if not r.alive(loop)])
+                if not batch.rows:
+                    await self._settle()
+                try:
+                    self._admit(loop)
+                    self._step()
+                except BaseException as error:  # whatever it was, it must not hang whoever waits
+                    self._fail(error)
+                for _ in range(PASSES):
+                    await asyncio.sleep(0)
         except asyncio.CancelledError:
-            for request in self._waiting:
+            for request in (*batch.dissolve(), *self._waiting):
                 request.future.cancel()
             self._waiting.clear()
             raise
@@ -182,29 +198,49 @@ class HFEngine(Engine):
             quiet = quiet + 1 if len(self._waiting) == length else 0
             length = len(self._waiting)
 
-    def _run(self, batch: list[_Request]) -> None:
-        """One batch, from checks to results; every future of it is done afterwards."""
-        fit: list[_Request] = []
-        for request in batch:
-            problem = self._problem(request)
-            if problem:
-                request.fail(problem)
-            else:
-                fit.append(request)
-        if not fit:
+    def _admit(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let those who wait join: where nobody runs, or as told at the top of this module."""
+        running = len(self._batch.rows)
+        room = min(len(self._waiting), self._max_batch - running)
+        if running and not (self._away and self._kv.joins and room >= running):
             return
-        try:
-            with torch.no_grad(), forward.evaluating(self.model):
-                self._generate(fit)
-            self._deliver(fit)
-        except BaseException as error:  # whatever it was, it must not hang whoever waits
-            self._kv.clear()
-            for request in fit:
-                request.fail(f"batch of {len(fit)} failed: {type(error).__name__}: {error}", error)
-            if not isinstance(error, Exception):
-                raise
+        fresh: list[Request] = []
+        while self._waiting and len(fresh) + running < self._max_batch:
+            request = self._waiting.popleft()
+            if request.alive(loop):
+                fresh.append(request)
+        if fresh:
+            self._batch.join(fresh)
 
-    def _problem(self, request: _Request) -> str:
+    def _step(self) -> None:
+        """One token for everybody; those whose response is complete have it afterwards."""
+        if not self._batch.rows:
+            return
+        ended, rows = self._batch.step(), self._batch.rows
+        broken = [r for r in rows if not math.isfinite(r.logp[-1])]
+        for request in broken:
+            request.fail("the model's probabilities are not finite")
+        for request in ended:
+            request.succeed(self._sample(request))
+            if request.session is not None:
+                self._away.add(request.session)
+        self._batch.leave(ended)
+        if broken:
+            self._restart()
+
+    def _restart(self) -> None:
+        """Whoever runs starts again, from nothing: what is kept cannot be trusted any more."""
+        self._waiting.extendleft(reversed(self._batch.dissolve()))
+
+    def _fail(self, error: BaseException) -> None:
+        """Everybody who runs hears of ``error``; it goes on only if it should end the process."""
+        rows = self._batch.dissolve()
+        for request in rows:
+            request.fail(f"batch of {len(rows)} failed: {type(error).__name__}: {error}", error)
+        if not isinstance(error, Exception):
+            raise error
+
+    def _problem(self, request: Request) -> str:
         """Why ``request`` cannot run, "" if it can."""
         prompt, sampling = request.prompt, request.sampling
         if not prompt or sampling.max_tokens < 1:
@@ -220,34 +256,7 @@ class HFEngine(Engine):
             return f"prompt ids {min(prompt)}..{max(prompt)} exceed 0..{self._vocabulary - 1}"
         return ""
 
-    def _generate(self, batch: list[_Request]) -> None:
-        """Prefill what is new, then draw token after token; rows that are done leave the batch."""
-        slots = self._kv.open([r.session for r in batch], [r.prompt for r in batch])
-        for request, slot in zip(batch, slots, strict=True):
-            request.reused = len(slot.ids)
-        chunks = [r.prompt[r.reused :] for r in batch]
-        draws, running = _Draws(batch, self._device), batch
-        while running:
-            hidden = self._kv.extend(slots, chunks)
-            tokens, logps = draws(forward.logits(self.model, hidden))
-            drawn = enumerate(zip(running, tokens, logps, strict=True))
-            keep = [i for i, (r, token, p) in drawn if r.goes_on(token, p, self.stop_ids)]
-            if len(keep) < len(running):
-                draws.keep(keep)
-                running, slots = [running[i] for i in keep], [slots[i] for i in keep]
-            chunks = [[request.ids[-1]] for request in running]
-        self._kv.close()
-
-    def _deliver(self, batch: list[_Request]) -> None:
-        """Resolve every future of the batch."""
-        for request in batch:
-            if math.isfinite(sum(request.logp)):
-                request.succeed(self._sample(request))
-            else:
-                request.fail("the model's probabilities are not finite")
-                self._kv.clear()
-
-    def _sample(self, request: _Request) -> Sample:
+    def _sample(self, request: Request) -> Sample:
         """What was drawn, as a record."""
         ids, prompt = tuple(request.ids), len(request.prompt)
         return Sample(
@@ -293,98 +302,6 @@ class HFEngine(Engine):
 
 
 _ENDLESS = "no id ends a response: every response runs to max_tokens"
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """A prompt on its way to a sample."""
-
-    prompt: list[int]
-    sampling: Sampling
-    seed: int
-    session: str | None
-    future: asyncio.Future[Sample]
-    reused: int = 0
-    ids: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
-
-    def goes_on(self, token: int, logp: float, stop_ids: frozenset[int]) -> bool:
-        """Take one token; whether another one is wanted."""
-        self.ids.append(token)
-        self.logp.append(logp)
-        return token not in stop_ids and len(self.ids) < self.sampling.max_tokens
-
-    def succeed(self, sample: Sample) -> None:
-        """Wake whoever waits, if anybody still does."""
-        if not self.future.done():
-            self.future.set_result(sample)
-
-    def fail(self, message: str, cause: BaseException | None = None) -> None:
-        """Raise an :class:`EngineError` at whoever waits; each waiter has its own."""
-        if not self.future.done():
-            error = EngineError(message)
-            error.__cause__ = cause
-            self.future.set_exception(error)
-
-
-class _Draws:
-    """How each row of a running batch turns logits into a token."""
-
-    def __init__(self, requests: Sequence[_Request], device: torch.device) -> None:
-        """Collect the rows' settings; rows with temperature 0 need no random numbers."""
-        asked = [r.sampling for r in requests]
-        self._device = device
-        drawn = [r.seed if r.sampling.temperature else None for r in requests]
-        self._randoms = [None if seed is None else random.Random(seed) for seed in drawn]
-        self._temperature = self._column([s.temperature or 1.0 for s in asked])
-        self._greedy = self._column([s.temperature == 0 for s in asked])
-        self._top_k = self._column([s.top_k or 1 << 31 for s in asked])
-        self._top_p = self._column([s.top_p for s in asked])
-        self._plain = all(s.top_k == 0 and s.top_p == 1 for s in asked)
-
-    def _column(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=self._device)[:, None]
-
-    def keep(self, rows: list[int]) -> None:
-        """Only these rows go on."""
-        self._randoms = [self._randoms[i] for i in rows]
-        index = torch.tensor(rows, dtype=torch.int64, device=self._device)
-        for name in ("_temperature", "_greedy", "_top_k", "_top_p"):
-            setattr(self, name, getattr(self, name)[index])
-
-    def __call__(self, raw: Tensor) -> tuple[list[int], list[float]]:
-        """Draw one token per row of logits [B, V]; tokens and their log-probabilities."""
-        logp = torch.log_softmax(raw.float() / self._temperature, -1)
-        if any(self._randoms):
-            token = torch.where(self._greedy, raw.argmax(-1, keepdim=True), self._random(logp))
-        else:
-            token = raw.argmax(-1, keepdim=True)
-        return token[:, 0].tolist(), logp.gather(-1, token)[:, 0].tolist()
-
-    def _random(self, logp: Tensor) -> Tensor:
-        """Inverse of the cumulative distribution at one uniform number per row; ids [B, 1]."""
-        weights = logp.exp()
-        if not self._plain:
-            weights = _nucleus(weights, self._top_k, self._top_p)
-        # In fp32 a running sum close to 1 would swallow every token less likely than 6e-8.
-        wide = torch.float32 if weights.device.type == "mps" else torch.float64
-        sums = weights.cumsum(-1, dtype=wide)
-        numbers = [source.random() if source else 0.0 for source in self._randoms]
-        level = torch.tensor(numbers, dtype=wide, device=weights.device)[:, None] * sums[:, -1:]
-        return torch.searchsorted(sums, level, right=True).clamp_(max=weights.shape[-1] - 1)
-
-
-def _nucleus(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """``weights`` [B, V] without what is outside the ``top_k`` likeliest and, of these, ``top_p``.
-
-    Ties go to the lower id; the likeliest token always stays.
-    """
-    ordered, ids = torch.sort(weights, dim=-1, descending=True, stable=True)
-    ordered = ordered * (torch.arange(ordered.shape[-1], device=weights.device) < top_k)
-    before = ordered.cumsum(-1) - ordered
-    # Rounding must not cut the tail of a row that asked for everything.
-    inside = ((before < top_p * ordered.sum(-1, keepdim=True)) | (top_p == 1)) & (ordered > 0)
-    return weights * torch.zeros_like(inside).scatter_(-1, ids, inside)
 
 
 def _end_ids(model: nn.Module, tokenizer: Any) -> set[int]:

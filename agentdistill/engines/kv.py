@@ -8,8 +8,10 @@ Invariants
   weighed by zero, so they must be finite: buffers start as zeros and are dropped after any failure.
 * Slots in use are kept next to each other, so that a batch is usually a view of the buffers. Rows
   of such a view that are not in the batch compute something that nobody reads or writes.
-* What cannot be kept correctly (sliding windows, recurrent layers, unknown models) is computed
-  again from the prompt: :func:`open_kv` decides, and says why.
+* A slot is free when no session owns it and nobody extends it: a session may be released, or asked
+  again, while its last request still runs.
+* What cannot be kept correctly is computed again from the prompt
+  (:func:`agentdistill.engines.refill.open_kv` decides).
 
 Buffers are laid out [slots, kv_heads, capacity, head_dim] per layer, as attention reads them: with
 a token's heads side by side, attention of one query takes two to three times as long on a CPU.
@@ -28,10 +30,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from agentdistill.engines.forward import Indices, dense_attention, fill, length_groups, within
-from agentdistill.errors import EngineError
 
 FIRST_SLOTS, FIRST_CAPACITY = 8, 64
 
@@ -41,11 +42,17 @@ class Slot:
     """A place in the cache: ``ids`` whose keys and values it has, in buffer row ``index``."""
 
     index: int
+    session: str | None = None
     ids: list[int] = field(default_factory=list)
 
 
 class KV(ABC):
-    """Context of running sequences: open slots, extend them, close them."""
+    """Context of running sequences: open slots, extend them, close them.
+
+    ``joins``: whether slots can be opened while others are still extended.
+    """
+
+    joins: bool
 
     @abstractmethod
     def open(self, sessions: Sequence[str | None], prompts: Sequence[list[int]]) -> list[Slot]:
@@ -55,8 +62,9 @@ class KV(ABC):
     def extend(self, slots: Sequence[Slot], chunks: Sequence[list[int]]) -> Tensor:
         """Compute ``chunks`` (not empty) after what the slots hold; last hidden states [B, H]."""
 
-    def close(self) -> None:  # noqa: B027  (optional)
-        """The batch is over: give back slots that belong to no session."""
+    @abstractmethod
+    def close(self, slots: Sequence[Slot]) -> None:
+        """``slots`` are not extended any more; those that belong to no session are free."""
 
     def release(self, session: str) -> None:  # noqa: B027  (optional)
         """Forget ``session``."""
@@ -140,6 +148,8 @@ class SlotKV(KV):
         budget: padded tokens of one forward; larger batches take several.
     """
 
+    joins = True
+
     def __init__(
         self, decoder: Any, device: torch.device, *, max_slots: int, keep: bool, budget: int
     ) -> None:
@@ -147,32 +157,35 @@ class SlotKV(KV):
         self._decoder, self._device = decoder, device
         self._max_slots, self._keep, self._budget = max_slots, keep, budget
         self._buffers = _Buffers()
-        self._sessions: OrderedDict[str, Slot] = OrderedDict()
+        self._sessions: OrderedDict[str | None, Slot] = OrderedDict()
         self._free: list[int] = []
         self._top = 0
-        self._busy: list[Slot] = []
+        self._busy: set[Slot] = set()
 
     def open(self, sessions: Sequence[str | None], prompts: Sequence[list[int]]) -> list[Slot]:
         """Find or make a slot per prompt and cut it to what it shares with the prompt.
 
-        A second request of a session in the same batch gets a slot of its own, which is not kept.
+        A request of a session that another one is using gets a slot of its own, which is not kept.
         """
-        known: dict[str | None, Slot] = {
-            s: self._sessions[s] for s in sessions if s is not None and s in self._sessions
-        }
-        for session in known:
-            self._sessions.move_to_end(str(session))  # first, so that _new takes none of these
+        for session in sessions:
+            if session in self._sessions:
+                self._sessions.move_to_end(session)  # first, so that _new takes none of these
+        opened = []
         for session, prompt in zip(sessions, prompts, strict=True):
-            slot = known.pop(session, None) or self._new(session)
+            slot = self._sessions.get(session)
+            if slot is None or slot in self._busy:
+                slot = self._new(session)
             del slot.ids[shared(slot.ids, prompt) :]
-            self._busy.append(slot)
+            self._busy.add(slot)
+            opened.append(slot)
         self._close_gaps()
-        return list(self._busy)
+        return opened
 
     def _new(self, session: str | None) -> Slot:
         if not self._free and self._top == self._max_slots:
-            self.release(next(iter(self._sessions)))
-        slot = Slot(heappop(self._free) if self._free else self._top)
+            idle = (name for name, slot in self._sessions.items() if slot not in self._busy)
+            self.release(str(next(idle)))
+        slot = Slot(heappop(self._free) if self._free else self._top, session)
         self._top = max(self._top, slot.index + 1)
         if self._keep and session is not None and session not in self._sessions:
             self._sessions[session] = slot
@@ -192,24 +205,26 @@ class SlotKV(KV):
         self._free = []
         self._top = len(used)
 
-    def close(self) -> None:
-        """Give back the slots of the batch that no session owns."""
-        owned = {slot.index for slot in self._sessions.values()}
-        for slot in self._busy:
-            if slot.index not in owned:
-                heappush(self._free, slot.index)
-        self._busy = []
+    def close(self, slots: Sequence[Slot]) -> None:
+        """Give back those of ``slots`` that no session owns (:meth:`clear` gave back all)."""
+        for slot in self._busy.intersection(slots):
+            self._busy.remove(slot)
+            self._free_if_idle(slot)
 
     def release(self, session: str) -> None:
-        """Forget ``session``; its place is free."""
+        """Forget ``session``; its place is free, or will be when nobody extends it any more."""
         slot = self._sessions.pop(session, None)
         if slot is not None:
+            self._free_if_idle(slot)
+
+    def _free_if_idle(self, slot: Slot) -> None:
+        if slot not in self._busy and self._sessions.get(slot.session) is not slot:
             heappush(self._free, slot.index)
 
     def clear(self) -> None:
         """Forget every session and free the buffers: what they hold belongs to other weights."""
         self._sessions.clear()
-        self._free, self._top, self._busy = [], 0, []
+        self._free, self._top, self._busy = [], 0, set()
         self._buffers.drop()
 
     def extend(self, slots: Sequence[Slot], chunks: Sequence[list[int]]) -> Tensor:
@@ -234,8 +249,9 @@ class SlotKV(KV):
     ) -> Tensor:
         index = np.fromiter((slot.index for slot in slots), np.int64, len(slots))
         start = np.fromiter((len(slot.ids) for slot in slots), np.int64, len(slots))
-        rows, place, height = _rows(index)
-        grid = height, width = height, int(counts.max())
+        width = int(counts.max())
+        rows, place, height = _rows(index, width)
+        grid = height, width
         extent, column = int((start + counts).max()), within(counts)
         row = np.repeat(place, counts)
         flat = np.fromiter(chain.from_iterable(chunks), np.int64, len(column))
@@ -276,104 +292,6 @@ class SlotKV(KV):
         return torch.from_numpy(values).to(self._device)
 
 
-class RefillKV(KV):
-    """No memory between turns: each batch is computed from its prompts, then decoded as usual.
-
-    For models that :class:`SlotKV` does not know. Prompts are padded on the left, so that the
-    model's own cache can hold whatever its layers need; finished rows stay in the batch.
-    """
-
-    def __init__(self, decoder: Any, device: torch.device) -> None:
-        """Remember the model; there is no other state between batches."""
-        self._decoder, self._device = decoder, device
-        self._cache: Any = None
-        self._mask, self._rows = torch.zeros(0), 0
-
-    def open(self, sessions: Sequence[str | None], prompts: Sequence[list[int]]) -> list[Slot]:
-        """Empty slots, whatever the sessions are."""
-        self._cache, self._rows = None, len(prompts)
-        return [Slot(i) for i in range(len(prompts))]
-
-    def extend(self, slots: Sequence[Slot], chunks: Sequence[list[int]]) -> Tensor:
-        """The whole prompts first, then one token for each row that still runs."""
-        counts = np.fromiter(map(len, chunks), np.int64, len(chunks))
-        width = int(counts.max())
-        row = np.fromiter((slot.index for slot in slots), np.int64, len(slots))
-        place = np.repeat(row, counts), np.repeat(width - counts, counts) + within(counts)
-        flat = np.fromiter(chain.from_iterable(chunks), np.int64, int(counts.sum()))
-        ids = fill(*place, flat, (self._rows, width))
-        if self._cache is None:
-            self._cache = DynamicCache(config=self._decoder.config)
-            real = fill(*place, np.ones_like(flat), ids.shape)
-            self._mask = torch.from_numpy(real).to(self._device)
-            positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
-        else:
-            self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], -1)
-            positions = self._mask.sum(-1, keepdim=True) - 1
-        output = self._decoder(
-            input_ids=torch.from_numpy(ids).to(self._device),
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        for slot, chunk in zip(slots, chunks, strict=True):
-            slot.ids += chunk
-        last: Tensor = output.last_hidden_state[:, -1]
-        return last[torch.from_numpy(row).to(self._device)]
-
-    def close(self) -> None:
-        """Free the batch's cache."""
-        self._cache = None
-
-
-def open_kv(
-    decoder: Any, device: torch.device, *, max_slots: int, keep: bool, budget: int
-) -> tuple[KV, str]:
-    """The cache that fits the model, and why it is not :class:`SlotKV` ("" if it is).
-
-    Raises:
-        EngineError: neither cache gives what plain forwards give.
-    """
-    slots = SlotKV(decoder, device, max_slots=max_slots, keep=keep, budget=budget)
-    reason = _obstacle(decoder.config) or _probe(decoder, device, slots, [[2, 1], [0, 1, 2, 1]])
-    if not reason:
-        return slots, ""
-    refill = RefillKV(decoder, device)
-    wrong = _probe(decoder, device, refill, [[2], [0]])
-    if wrong:
-        raise EngineError(f"cannot generate: {wrong}")
-    return refill, f"KV is not kept between turns: {reason}"
-
-
-def _obstacle(config: Any) -> str:
-    """Which layers of the model do not attend to everything before, "" if all do."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        other = sorted(set(kinds) - {"full_attention"})
-        return f"layers of type {', '.join(other)}" if other else ""
-    windows = {n: getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size")}
-    return ", ".join(f"{name}={size}" for name, size in windows.items() if size is not None)
-
-
-@torch.no_grad()
-def _probe(decoder: Any, device: torch.device, kv: KV, second: list[list[int]]) -> str:
-    """Two ragged chunks against plain forwards; what is wrong, "" if nothing."""
-    first = [[0, 1, 2, 0, 2], [2, 1]]
-    prompts = [a + b for a, b in zip(first, second, strict=True)]
-    try:
-        slots = kv.open([None, None], prompts)
-        kv.extend(slots, first)
-        got = kv.extend(slots, second)
-        kv.clear()
-        plain = [decoder(input_ids=torch.tensor([p], device=device)) for p in prompts]
-    except Exception as error:  # any failure means the same: this model needs the other cache
-        return f"{type(decoder).__name__} does not take it ({type(error).__name__}: {error})"
-    wanted = torch.stack([output.last_hidden_state[0, -1] for output in plain])
-    gap = float((got - wanted).float().norm() / wanted.float().norm())
-    return "" if gap < 0.05 else f"{type(decoder).__name__} answers differently with it ({gap:.2g})"
-
-
 def shared(held: list[int], prompt: list[int]) -> int:
     """Length of the common prefix, always leaving a token of ``prompt`` to compute."""
     limit = min(len(held), len(prompt) - 1)
@@ -383,14 +301,14 @@ def shared(held: list[int], prompt: list[int]) -> int:
     return int(differ.argmax())
 
 
-def _rows(index: Indices) -> tuple[slice | Indices, Indices, int]:
+def _rows(index: Indices, width: int) -> tuple[slice | Indices, Indices, int]:
     """Rows of the buffers for slots ``index``, the place of each slot among them, their number.
 
-    A span of which at least half is wanted is read as a view: computing rows that nobody needs
-    costs less than copying keys and values, which takes a read and a write of all of them.
+    A span is read as a view where the ``width`` tokens of each row that nobody needs are no more
+    than the rows that are needed: copying keys and values takes a read and a write of all of them.
     """
     low, height = int(index.min()), int(index.max()) - int(index.min()) + 1
-    if height <= 2 * len(index):
+    if (height - len(index)) * width <= len(index):
         return slice(low, low + height), index - low, height
     return index, np.arange(len(index)), len(index)
 

@@ -14,6 +14,7 @@ from gymnasium.envs.registration import register
 ENTRY_POINTS = {
     "agentdistill/ALFWorld-v0": "agentdistill.envs.alfworld.env:ALFWorldEnv",
     "agentdistill/AppWorld-v0": "agentdistill.envs.appworld.env:AppWorldEnv",
+    "agentdistill/Lockroom-v0": "agentdistill.envs.lockroom:LockroomEnv",
     "agentdistill/ScienceWorld-v0": "agentdistill.envs.scienceworld.env:ScienceWorldEnv",
     "agentdistill/Sokoban-v0": "agentdistill.envs.sokoban.env:SokobanEnv",
     "agentdistill/WebShop-v0": "agentdistill.envs.webshop.env:WebShopEnv",

@@ -1,127 +1,171 @@
-"""From axes to numbers: which columns a method computes, and which terms it minimises.
+"""From axes to numbers: what must be scored, which columns follow, which terms are minimised.
 
-The order follows one iteration: rows → teacher's columns → the student's own, without gradient
-(``old``) → reward advantages by group → advantages by row → terms. Every weight and advantage is a
-detached column, fixed before the first backward.
+The order of one iteration (docs/methods.md): tasks, start, rollout, group edits, contexts, scoring
+(teacher, base, and the student itself without gradient: ``old``), then the steps of
+:mod:`~agentdistill.methods.steps`, then the terms below.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from agentdistill import advantage, divergence
-from agentdistill.methods.space import Axes
-from agentdistill.objective import Divergence, Term, TokenLoss
+from agentdistill.methods import rules
+from agentdistill.methods.space import FULL, Axes, SignalAxis
+from agentdistill.methods.steps import (
+    BASE,
+    CONTEXT,
+    OLD,
+    STEPS,
+    STUDENT,
+    TEACHER,
+    Heads,
+    Work,
+    full_divergence,
+    reward_advantages,
+    rows_column,
+    scorer_view,
+    student_view,
+    target_column,
+)
+from agentdistill.objective import LIVE, Divergence, Term, TokenLoss
 from agentdistill.table import Table
+from agentdistill.views import PLAIN
 
-TEACHER, OLD = "teacher", "old"
+__all__ = [
+    "BASE", "CONTEXT", "OLD", "STUDENT", "TEACHER", "Heads", "fill", "needs_old",
+    "reward_advantages", "scorer_view", "student_view", "terms", "wanted",
+]  # fmt: skip
 
 
-def wanted(axes: Axes) -> set[str]:
-    """What the teacher must score: hidden states, or log-probabilities of the sampled tokens."""
-    if not axes.scores:
-        return set()
-    return {"hidden"} if axes.full else {"logp"}
+def wanted(axes: Axes, scorer: str = TEACHER) -> set[str]:
+    """What ``scorer`` (teacher, base or old) must say of every row: logp, entropy, hidden."""
+    found = {name.split("/")[0] for name in rules.needs(axes) if name.endswith(f"/{scorer}")}
+    for signal in axes.signals:
+        if signal.divergence == "nll":
+            continue
+        mixed = axes.mixes(signal)
+        if scorer == TEACHER or (scorer == BASE and mixed):
+            found.add("hidden" if signal.divergence in FULL else "logp")
+        if scorer == OLD and signal.coupling == "reward" and signal.divergence in FULL:
+            found.add("hidden")
+    if scorer == OLD and _reads_old(axes):
+        found.add("logp")
+    return found
+
+
+def _reads_old(axes: Axes) -> bool:
+    """Whether the sampled tokens' log-probabilities before the update are needed."""
+    sampled = any(s.coupling != "loss" and s.divergence not in FULL for s in axes.signals)
+    live = any(s.divergence == "rho_k3" or s.ratio_cap is not None for s in axes.signals)
+    capped = axes.on_policy and axes.policy_gradient.tis_cap is not None
+    return axes.advantages or sampled or live or capped
 
 
 def needs_old(axes: Axes) -> bool:
     """Whether the student is scored once without gradient before the update."""
-    return axes.advantages or axes.signal.divergence == "rho_k3"
+    return bool(wanted(axes, OLD))
+
+
+def fill(
+    table: Table,
+    axes: Axes,
+    *,
+    pass_rates: Tensor | None = None,
+    heads: Heads | None = None,
+) -> dict[str, float]:
+    """Compute the method's own columns; return what is worth logging.
+
+    Needs the columns of :func:`wanted`. Adds ``rows/kd`` (``rows/kd1``, … of further signals),
+    ``rows/pg``, ``rows/all``, ``weight/signal`` and, with a policy gradient, ``advantage``.
+
+    Args:
+        table: scored.
+        axes: the point, its schedules resolved.
+        pass_rates: share of successes on each trajectory's task [B], for the task axis.
+        heads: output heads, where a divergence enters the reward.
+    """
+    work = Work(table, axes, pass_rates, dict(heads or {}))
+    for step in STEPS.values():
+        step(work)
+    return work.metrics
 
 
 def terms(axes: Axes) -> list[Term]:
     """The objective."""
-    found: list[Term] = []
-    if axes.advantages:
-        gradient = axes.policy_gradient
-        loss = partial(
-            _ppo,
-            clip_low=gradient.clip_low,
-            clip_high=gradient.clip_high,
-            dual_clip=gradient.dual_clip,
-        )
-        token = TokenLoss(("logp/old", "advantage"), loss)
-        weight = "weight/tis" if gradient.tis_cap else None
-        found.append(Term("policy_gradient", token, rows="rows/pg", weight=weight, over=axes.over))
-    signal = axes.signal
-    if signal.divergence != "none" and signal.coupling == "loss":
+    found = _policy_gradient(axes) if axes.advantages else []
+    for number, signal in enumerate(axes.signals):
+        if signal.coupling != "loss":
+            continue
+        cap = signal.ratio_cap
         found.append(
-            Term(signal.divergence, _signal(axes), "rows/kd", coef=signal.coef, over=axes.over)
+            Term(
+                signal.divergence + (f"/{number}" if number else ""),
+                _loss(axes, signal),
+                rows_column(number),
+                view=student_view(axes),
+                coef=signal.coef,
+                weight="weight/loss",
+                over=axes.over,
+                clip=signal.clip,
+                ratio=("logp/old", cap) if cap is not None else None,
+                shared="rows/all" if axes.shared else None,
+            )
         )
     return found
 
 
-def _ppo(logp: Tensor, columns: dict[str, Tensor], **clips: float | None) -> Tensor:
-    return advantage.ppo_loss(logp, columns["logp/old"], columns["advantage"], **clips)  # type: ignore[arg-type]
-
-
-def _signal(axes: Axes) -> TokenLoss | Divergence:
-    """The differentiable loss of the signal axis."""
-    signal = axes.signal
-    teacher = f"logp/{TEACHER}"
-    if axes.full:
-        function = divergence.divergence(
-            signal.divergence,
-            beta=signal.beta,
-            temperature=signal.temperature,
-            top_k=signal.top_k,
+def _policy_gradient(axes: Axes) -> list[Term]:
+    """One term, or one for each prompt of an informed actor (pi-Distill); the anchor is its own."""
+    gradient = axes.policy_gradient
+    anchor = "anchor" if any(s.coupling == "anchor" for s in axes.signals) else "logp/old"
+    loss = partial(
+        _ppo,
+        anchor=anchor,
+        clip_low=gradient.clip_low,
+        clip_high=gradient.clip_high,
+        dual_clip=gradient.dual_clip,
+    )
+    views = {"policy_gradient": (PLAIN, 1.0)}
+    if axes.actor == "informed":
+        views = {
+            "policy_gradient/informed": (PLAIN, axes.informed_share),
+            "policy_gradient": (student_view(axes), 1 - axes.informed_share),
+        }
+    return [
+        Term(
+            name,
+            TokenLoss((anchor, "advantage"), loss),
+            "rows/pg",
+            view=view,
+            coef=coef,
+            weight="weight/tis" if gradient.tis_cap else None,
+            over=axes.over,
+            shared="rows/all" if axes.shared else None,
         )
-        return Divergence(TEACHER, function)
+        for name, (view, coef) in views.items()
+    ]
+
+
+def _ppo(logp: Tensor, columns: dict[str, Tensor], anchor: str, **clips: float | None) -> Tensor:
+    return advantage.ppo_loss(logp, columns[anchor], columns["advantage"], **clips)  # type: ignore[arg-type]
+
+
+def _loss(axes: Axes, signal: SignalAxis) -> TokenLoss | Divergence:
+    """The differentiable loss of one signal."""
+    if signal.divergence in FULL:
+        rest = "" if signal.share == 1 else BASE if signal.rest == "base" else LIVE
+        function = full_divergence(signal)
+        return Divergence(TEACHER, function, scorer_view(axes), signal.share, rest)
     if signal.divergence == "nll":
         return TokenLoss((), lambda logp, _: -logp)
+    target = target_column(axes, signal)
     if signal.divergence == "rho_k3":
         return TokenLoss(
-            (teacher, "logp/old"),
-            lambda logp, c: divergence.rho_k3(logp, c[teacher], c["logp/old"]),
+            (target, "logp/old"),
+            lambda logp, c: divergence.rho_k3(logp, c[target], c["logp/old"]),
         )
     estimator = {"k1": divergence.k1, "k2": divergence.k2, "k3": divergence.k3}[signal.divergence]
-    return TokenLoss((teacher,), lambda logp, c: estimator(logp, c[teacher]))
-
-
-def fill(table: Table, axes: Axes) -> dict[str, float]:
-    """Compute the method's own columns; return what is worth logging.
-
-    Needs the teacher's columns and, where :func:`needs_old`, ``logp/old``. Adds ``rows/kd``,
-    ``rows/pg`` and, with a policy gradient, ``advantage``.
-    """
-    kept = [t.success or not axes.only_success for t in table.trajectories]
-    chosen = table.acted & table.valid() & table.spread(torch.tensor(kept, dtype=torch.bool))
-    table["rows/kd"] = chosen
-    table["rows/pg"] = table["rows/kd"]
-    metrics: dict[str, float] = {}
-    if not axes.advantages:
-        return metrics
-    total = torch.zeros(len(table))
-    if axes.scores and axes.signal.coupling == "advantage":
-        total = advantage.opd(
-            table["logp/old"], table[f"logp/{TEACHER}"], table["rows/kd"], axes.signal.coef
-        )
-        metrics["kd_advantage"] = float(total[chosen].mean()) if bool(chosen.any()) else 0.0
-    if axes.reward.kind == "grpo":
-        gains = reward_advantages(table, axes)
-        groups = {t.group for t in table.trajectories}
-        taught = {
-            t.group for t, gain in zip(table.trajectories, gains.tolist(), strict=True) if gain
-        }
-        metrics["zero_advantage_groups"] = 1 - len(taught) / max(len(groups), 1)
-        total = total + axes.reward.coef * table.spread(gains)
-    if axes.policy_gradient.tis_cap:
-        cap = axes.policy_gradient.tis_cap
-        table["weight/tis"] = advantage.truncated_is(table["logp/old"], table["logp/sampler"], cap)
-    table["advantage"] = total
-    return metrics
-
-
-def reward_advantages(table: Table, axes: Axes) -> Tensor:
-    """Group-normalised advantage of each trajectory [B]; censored episodes get none."""
-    reward = axes.reward
-    values = torch.tensor([float(getattr(t, reward.source)) for t in table.trajectories])
-    valid = torch.tensor([t.reward_valid for t in table.trajectories], dtype=torch.bool)
-    names = {name: i for i, name in enumerate(dict.fromkeys(t.group for t in table.trajectories))}
-    group = torch.tensor([names[t.group] for t in table.trajectories])
-    return advantage.grpo(
-        values, group, valid, normalise=reward.normalise, ddof=reward.ddof, eps=reward.eps
-    )
+    return TokenLoss((target,), lambda logp, c: estimator(logp, c[target]))

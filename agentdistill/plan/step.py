@@ -29,7 +29,6 @@ from agentdistill.policy import RandomPolicy
 from agentdistill.records import Trajectory
 from agentdistill.rollout import Request, rollout, run
 from agentdistill.run import Run
-from agentdistill.store import ShardRef
 
 EPISODES = 4
 """Episodes of a measured iteration, or one group where that is more."""
@@ -85,7 +84,9 @@ def _small(config: RunConfig, folder: str) -> RunConfig:
         else:
             tasks = max(1, min(stage.tasks, EPISODES // stage.samples))
             values.update(tasks=tasks, turns=None, init=None, evaluate_every=None, limit=None)
-            values.update(teacher=model.get(stage.teacher or "", stage.teacher))
+            for key in ("teacher", "base", "analyser"):
+                name = getattr(stage, key)
+                values[key] = model.get(name or "", name)
         stages.append(values)
     whole = config.model_dump(mode="json")
     whole.update(name="plan", output=folder, stages=stages, evaluate={})
@@ -101,23 +102,15 @@ def _collect(the_run: Run, stage: CollectStage) -> Step:
     return Step({"generate": seconds}, _lengths(played), kept)
 
 
-class _Probe(Training):
-    """A training that remembers what its last iteration played."""
-
-    def _generate(self, n: int) -> tuple[list[Trajectory], list[ShardRef]]:
-        self.played, shards = super()._generate(n)
-        return self.played, shards
-
-
 def _train(the_run: Run, stage: TrainStage) -> Step:
     """Two iterations, the second one timed; no checkpoint and no model is written."""
     last = (stage.iterations or 10_000) - 1
-    probe = _Probe(the_run, stage, Callback())
+    probe = Training(the_run, stage, Callback())
     with probe.store:
         probe._iterate(last + 1)
         metrics = probe._iterate(last)
     seconds = {phase: float(metrics[f"seconds/{phase}"]) for phase in PHASES}
-    return Step(seconds, _lengths(probe.played))
+    return Step(seconds, _lengths(probe.experience.last))
 
 
 def _lengths(played: Sequence[Trajectory]) -> Lengths:

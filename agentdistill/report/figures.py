@@ -24,6 +24,21 @@ DEPTHS = (
     ("Curriculum: turns allowed", "allowed", "Turns the student had at most, per episode."),
     ("Curriculum: turns replayed", "replayed", "Turns of a demonstration before the hand-over."),
 )
+LEVELS = {
+    "token": "Token weights",
+    "step": "Step weights",
+    "trajectory": "Trajectory weights",
+    "signal": "Weights of the signal",
+}
+SPREAD = {"mean": "mean", "min": "least", "max": "most", "later_mean": "mean of later steps"}
+"""What a stage logs of the weights of each of :data:`LEVELS`, in words."""
+COUNTS = {
+    "masked_contexts": "streams without the scorer's context",
+    "without_note": "episodes without a note",
+    "used_skills": "skills used",
+    "weight/step/zero_first": "episodes whose first step had no divergence",
+}
+"""What is counted per iteration."""
 PHASES = ("generate", "score", "update", "other")
 
 Rows = Mapping[str, Sequence[StageData]]
@@ -185,6 +200,63 @@ def by_turn(rows: Rows) -> dict[str, list[Chart]]:
         titles = {name: f"{name} ({row[0].what})" for name, row in rows.items()}
         found[key] = heat_maps(titles, values, x_labels=axes, what=what)
     return {key: charts for key, charts in found.items() if charts}
+
+
+def weights(rows: Rows) -> list[Chart]:
+    """How each method weighed what it learnt from, and what else moved while it trained."""
+    found = [_weighed(name, row, level) for name, row in rows.items() for level in _levels(row)]
+    logged, tones = _logged(rows), _tones(rows)
+    for key in logged:
+        what, _, rest = key.partition("/")
+        level, _, last = rest.partition("/")
+        if what == "weight" and last == "at_cap":
+            note = "Share of the steps after the first whose weight is the largest allowed."
+            title = f"{LEVELS.get(level, level)} at the cap"
+            found.append(_chart(title, key, rows, "rate", note, tones))
+        elif what == "schedule":
+            found.append(_chart(f"Schedule of {rest}", key, rows, "", "", tones))
+    if any(line.get("zero_signal") for row in rows.values() for s in row for line in s.metrics):
+        note = "Share of tokens for which teacher and student say the same: they teach nothing."
+        found.append(_chart("Tokens without signal", "zero_signal", rows, "rate", note, tones))
+    note = "Sum over its tokens, which the reward pays for."
+    found.append(_chart("Divergence of an episode", "kl_per_episode", rows, "nats", note, tones))
+    return [chart for chart in found if chart]
+
+
+def _levels(row: Sequence[StageData]) -> list[str]:
+    """The levels on which a stage weighed; their product only where it says something new."""
+    lines = [line for stage in row for line in stage.metrics]
+    known = [level for level in LEVELS if any(f"weight/{level}/mean" in line for line in lines)]
+    if len(known) == 2 and known[1] == "signal":
+        one, both = (f"weight/{level}/mean" for level in known)
+        if all(line.get(one) == line.get(both) for line in lines):
+            return known[:1]
+    return known
+
+
+def _weighed(name: str, row: Sequence[StageData], level: str) -> Chart | None:
+    axis = _axis({name: row})
+    tracks = {
+        words: [_track(stage, f"weight/{level}/{key}", axis) for stage in row]
+        for key, words in SPREAD.items()
+    }
+    note = "Over the tokens that carry the signal; those of later steps over the steps."
+    title = f"{LEVELS[level]}, {name} ({row[0].what})"
+    return line_chart(title, tracks, x_label=axis, unit="", note=note)
+
+
+def counted(rows: Rows) -> list[tuple[str, str]]:
+    """What stages counted besides episodes, over all iterations and seeds: stage, and in words."""
+    found = []
+    for name, row in rows.items():
+        lines = [line for stage in row for line in stage.metrics]
+        sums = {words: sum(line.get(key, 0) for line in lines) for key, words in COUNTS.items()}
+        last = (stage.metrics[-1] for stage in row if stage.metrics)
+        sums["skills in the end"] = sum(line.get("skills", 0) for line in last)
+        said = [f"{words}: {number:,.0f}" for words, number in sums.items() if number]
+        if said:
+            found.append((name, ", ".join(said)))
+    return found
 
 
 def depth(rows: Rows, facts: Mapping[str, Sequence[Facts]]) -> list[Chart]:

@@ -117,6 +117,8 @@ def _context(material: Material) -> dict[str, Any]:
         "maps": figures.by_turn(rows),
         "divergence": figures.DIVERGENCE,
         "depth": figures.depth(rows, facts),
+        "weights": figures.weights(rows),
+        "counted": figures.counted(rows),
         "spent": figures.spent(rows),
         "longest": max((item.total for item in figures.spent(rows)), default=1.0),
         "phases": figures.PHASES,

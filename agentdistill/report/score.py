@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from agentdistill.config import TrainStage
-from agentdistill.records import Trajectory
 from agentdistill.report.read import RunData, StageData
 from agentdistill.report.sample import Shown
 from agentdistill.report.tokens import NAN, Token, Turns
@@ -43,16 +42,15 @@ class Scorer:
 
     def score(self, stage: StageData, items: Sequence[Shown]) -> None:
         """Give ``tokens`` to each of ``items`` whose ids a model of the run can read."""
-        reader = self._reader(stage) if items else None
-        fits = [item for item in items if reader and _reads(reader, item.trajectory)]
+        from agentdistill.diagnostics.episodes import reader as reader_of
+        from agentdistill.diagnostics.episodes import reads, table_of
+
+        name = reader_of(self._context, stage.config) if items else None
+        reader = self._load(name) if name else None
+        fits = [item for item in items if reader and reads(reader, item.trajectory)]
         if reader is None or not fits:
             return
-        from agentdistill.table import build
-        from agentdistill.views import PLAIN, plain, within
-
-        table = build([item.trajectory for item in fits])
-        limit = getattr(reader.model.config, "max_position_embeddings", None)
-        table.add_view(PLAIN, within(plain, int(limit or 1 << 30)))
+        table, _ = table_of([item.trajectory for item in fits], reader)
         columns = dict(self._columns(stage, reader, table))
         texts = _pieces(reader.tokenizer, table)
         for item, turns in zip(fits, _turns(table, texts, columns), strict=True):
@@ -65,19 +63,6 @@ class Scorer:
             logging.disable_progress_bar()  # type: ignore[no-untyped-call]
             self._models[name] = self._context.model(name)
         return self._models[name]
-
-    def _trained(self, stage: StageData) -> bool:
-        return isinstance(stage.config, TrainStage) and (stage.folder / "model").is_dir()
-
-    def _reader(self, stage: StageData) -> Loaded | None:
-        """A model with the tokenizer of this stage's trajectories."""
-        config = stage.config
-        if not isinstance(config, TrainStage):
-            policy = config.policy
-            return None if policy in ("expert", "random") else self._load(policy)
-        if self._trained(stage):
-            return self._load(stage.name)
-        return self._load(config.init or config.model)
 
     def _columns(
         self, stage: StageData, reader: Loaded, table: Table
@@ -92,7 +77,7 @@ class Scorer:
         teacher = self._load(config.teacher) if config.teacher else None
         if teacher and teacher.renderer.fingerprint == reader.renderer.fingerprint:
             yield "teacher", _log_probs(teacher, table)
-        if self._trained(stage):
+        if reader.name == stage.name:
             yield "final", _log_probs(reader, table)
 
 
@@ -102,11 +87,6 @@ def _log_probs(loaded: Loaded, table: Table) -> list[float]:
     LocalScorer("report", loaded.model).score(table, micro_tokens=8192)
     values: list[float] = table.columns.pop("logp/report").tolist()
     return values
-
-
-def _reads(reader: Loaded, trajectory: Trajectory) -> bool:
-    mine = reader.renderer.fingerprint
-    return bool(trajectory.streams) and trajectory.provenance.get("renderer") == mine
 
 
 def _pieces(tokenizer: Any, table: Table) -> list[str]:

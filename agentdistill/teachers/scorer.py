@@ -7,7 +7,7 @@ context, a second copy or the student's own past (``old``) are the same thing wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,24 @@ class LocalScorer:
     def __init__(self, name: str, model: PreTrainedModel) -> None:
         """``name`` is what columns call this scorer."""
         self.name, self.model = name, model
+
+    @property
+    def present(self) -> bool:
+        """Whether these are the student's weights of this moment (K12); another model never is."""
+        return False
+
+    def before(self, n: int) -> None:
+        """Called before the rollout of iteration ``n``; these weights stay as they are."""
+
+    def after(self) -> None:
+        """Called after the updates of an iteration; these weights stay as they are."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep, for the training loop: nothing of weights that stay."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, H] → logits [n, V], where the hidden states are.

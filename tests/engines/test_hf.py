@@ -27,9 +27,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from agentdistill.engines import hf
+from agentdistill.engines import batch
 from agentdistill.engines.base import Engine, Sample, Sampling, ScoreRequest
 from agentdistill.engines.hf import HFEngine
+from agentdistill.engines.kv import SlotKV
 from agentdistill.errors import EngineError
 
 END = 60
@@ -260,7 +261,7 @@ def test_nucleus_by_definition(weights: list[int], top_k: int, top_p: float) -> 
     """top-k first, then the fewest tokens that reach top-p of what is left; ties by id."""
     row = torch.tensor([weights], dtype=torch.float32)
     limits = torch.tensor([[top_k or 1 << 31]]), torch.tensor([[top_p]])
-    result = hf._nucleus(row, *limits)[0]
+    result = batch.nucleus(row, *limits)[0]
     inside = set(result.nonzero().flatten().tolist())
     assert inside == kept_by_hand([float(w) for w in weights], top_k, top_p)
     assert all(result[i] == weights[i] for i in inside)
@@ -269,7 +270,7 @@ def test_nucleus_by_definition(weights: list[int], top_k: int, top_p: float) -> 
 def test_a_row_that_asked_for_everything_keeps_its_tail() -> None:
     """Beside a row with a nucleus, a token far below fp32 rounding is still there."""
     row = torch.tensor([[1.0, 1e-9], [1.0, 1e-9]])
-    kept = hf._nucleus(row, torch.tensor([[1 << 31]] * 2), torch.tensor([[1.0], [0.5]]))
+    kept = batch.nucleus(row, torch.tensor([[1 << 31]] * 2), torch.tensor([[1.0], [0.5]]))
     assert (kept > 0).tolist() == [[True, True], [True, False]]
 
 
@@ -655,6 +656,303 @@ def test_a_loop_that_was_closed_under_way_leaves_the_engine_usable() -> None:
     lost._log_destroy_pending = False  # type: ignore[attr-defined]  # that is the point here
     assert not lost.done() and [rows for rows, _ in shapes] == [1, 1, 1]
     assert list(sample.ids) == plain_greedy(tested.model, [3, 4], 3)
+
+
+def longer(tokens: int) -> Sampling:
+    """Greedy, exactly ``tokens`` tokens where no id ends a response."""
+    return Sampling(temperature=0, max_tokens=tokens)
+
+
+async def drawn(shapes: Sequence[object], count: int) -> None:
+    """Wait until ``count`` forwards were made."""
+    while len(shapes) < count:
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_response_comes_with_its_last_token(family: str) -> None:
+    """Of three that run together the first is there after 1 forward, the second after 3 of 9."""
+    model = build((KEPT | REFILLED)[family]())
+    tested = engine(model, stop_ids=[])
+    seen: dict[int, int] = {}
+
+    async def ask(number: int, tokens: int) -> Sample:
+        sample = await tested.generate(prompt(number, 5), longer(tokens), session=str(number))
+        seen[tokens] = len(shapes)
+        return sample
+
+    with forwards(model) as shapes:
+        samples = together(ask(1, 3), ask(2, 9), ask(3, 1))
+    assert seen == {1: 1, 3: 3, 9: 9} and len(shapes) == 9
+    for number, tokens, sample in zip((1, 2, 3), (3, 9, 1), samples, strict=True):
+        assert list(sample.ids) == plain_greedy(model, prompt(number, 5), tokens)
+
+
+def test_whoever_was_away_joins_those_who_still_draw() -> None:
+    """One who comes back draws beside one who runs; its history was kept, both are right."""
+    model = build(KEPT["qwen3"]())
+    tested = engine(model, stop_ids=[])
+    first, other = prompt(1, 6), prompt(2, 6)
+
+    async def returns() -> tuple[list[int], Sample]:
+        answer = await tested.generate(first, longer(1), session="a")
+        again = [*first, *answer.ids, 5, 6]
+        await drawn(shapes, 3)
+        return again, await tested.generate(again, longer(2), session="a")
+
+    async def gone() -> None:
+        await tested.generate(prompt(3, 6), longer(1), session="gone")
+
+    with forwards(model) as shapes:
+        stay = tested.generate(other, longer(12), session="b")
+        (again, back), _, stays = together(returns(), gone(), stay)
+    assert list(stays.ids) == plain_greedy(model, other, 12)
+    assert list(back.ids) == plain_greedy(model, again, 2) and back.usage.cache_read == 6
+    assert len(shapes) == 12, "a batch of its own would have taken two forwards more"
+    assert max(columns for _, columns in shapes[1:]) == 3
+
+
+def test_sessions_in_step_stay_in_step() -> None:
+    """Nobody is away, so that each turn is one prefill: a prefill in parts costs more."""
+    model = build(KEPT["llama"]())
+    tested = engine(model, stop_ids=[])
+
+    async def play(number: int) -> None:
+        ids = prompt(number, 6)
+        for turn in range(3):
+            sample = await tested.generate(
+                ids, longer(1 + (number + turn) % 4), session=f"{number}"
+            )
+            ids = [*ids, *sample.ids, 7, 8]
+        tested.release(f"{number}")
+
+    with forwards(model) as shapes:
+        together(*(play(i) for i in range(8)))
+    assert [rows for rows, columns in shapes if columns > 1] == [8, 8, 8]
+    assert len(shapes) == 12
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "mistral"])
+def test_comings_and_goings_change_no_answer(family: str) -> None:
+    """Pauses, cancelled requests, sessions that are released while they run or asked twice."""
+    model = build((KEPT | REFILLED)[family]())
+    tested = engine(model, max_slots=6)
+    given: list[tuple[list[int], int, Sample]] = []
+
+    async def live(number: int) -> None:
+        source, ids, name = random.Random(number), prompt(number, 4), f"{number % 9}"
+        for _ in range(6):
+            ids = [*ids, *source.choices(range(END), k=source.randrange(1, 9))]
+            tokens = source.randrange(1, 9)
+            task = asyncio.ensure_future(tested.generate(ids, longer(tokens), session=name))
+            chance = source.random()
+            for _ in range(source.randrange(1, 9)):
+                await asyncio.sleep(0)
+            if chance < 0.2:
+                task.cancel()
+            if chance < 0.4:
+                tested.release(name)
+            (answer,) = await asyncio.gather(task, return_exceptions=True)
+            if isinstance(answer, Sample):
+                given.append((ids, tokens, answer))
+                ids = [*ids, *answer.ids]
+            else:
+                assert isinstance(answer, asyncio.CancelledError)
+            for _ in range(source.randrange(3) * 7):
+                await asyncio.sleep(0)
+
+    assert together(*(live(i) for i in range(12))) == [None] * 12
+    assert len(given) > 40
+    for ids, tokens, answer in given:
+        assert list(answer.ids) == plain_greedy(model, ids, tokens)
+
+
+def test_a_slot_in_use_is_not_given_away() -> None:
+    """The session that waits makes room, not one that runs; a released one does at its end."""
+    kv = SlotKV(None, torch.device("cpu"), max_slots=2, keep=True, budget=64)
+    (a,), (b,) = kv.open(["a"], [[1, 2]]), kv.open(["b"], [[1]])
+    kv.close([b])
+    (c,) = kv.open(["c"], [[3]])
+    assert (a.index, c.index) == (0, 1)
+    kv.release("a")
+    kv.close([c])
+    (d,) = kv.open(["d"], [[4]])
+    assert (a.index, d.index) == (0, 1), "c made room; a still runs"
+    kv.close([a, d])
+    (e,) = kv.open(["e"], [[5]])
+    assert {d.index, e.index} == {0, 1}
+
+
+def test_samples_do_not_depend_on_when_they_were_asked() -> None:
+    """The same seeds give the same ids, whoever is under way at the time."""
+    model = build(KEPT["llama"]())
+
+    def play(slow: int) -> list[list[tuple[int, ...]]]:
+        tested = engine(model)
+
+        async def one(number: int) -> list[tuple[int, ...]]:
+            ids, answers = prompt(number, 5), []
+            for turn in range(5):
+                for _ in range(number * turn * slow % 11):
+                    await asyncio.sleep(0)
+                sample = await tested.generate(
+                    ids, Sampling(max_tokens=7), seed=number * 9 + turn, session=str(number)
+                )
+                answers.append(sample.ids)
+                ids = [*ids, *sample.ids, number, turn]
+            return answers
+
+        with forwards(model) as shapes:
+            answers = together(*(one(i) for i in range(9)))
+        batches.append(shapes)
+        return answers
+
+    batches: list[list[tuple[int, ...]]] = []
+    assert play(0) == play(3) == play(7)
+    assert batches[0] != batches[1] != batches[2]
+
+
+def test_a_row_that_is_cancelled_leaves_its_batch() -> None:
+    """From the next token on the others are alone, and right."""
+    tested = engine(stop_ids=[])
+
+    async def run() -> list[Any]:
+        tasks = [
+            asyncio.ensure_future(tested.generate([i, 1], longer(6), session=str(i)))
+            for i in range(3)
+        ]
+        await drawn(shapes, 2)
+        tasks[2].cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with forwards(tested.model) as shapes:
+        *answers, cancelled = asyncio.run(run())
+    assert [rows for rows, _ in shapes][:2] == [3, 3] and shapes[3:] == [(2, 1)] * 3
+    assert isinstance(cancelled, asyncio.CancelledError)
+    for i, answer in enumerate(answers):
+        assert list(answer.ids) == plain_greedy(tested.model, [i, 1], 6)
+
+
+def test_an_error_leaves_what_was_delivered_and_who_waits() -> None:
+    """Forward 3 fails: the one that ended before has its sample, the one that waits gets it."""
+    tested = engine(max_batch=3, stop_ids=[])
+    model, calls = tested.model, []
+
+    def explode(_module: nn.Module, _inputs: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("no room")
+
+    hook = model.model.layers[1].register_forward_pre_hook(explode)
+    done, failed, too, waited = together(
+        tested.generate([1, 2], longer(1), session="a"),
+        tested.generate([3, 4], longer(9), session="b"),
+        tested.generate([4, 3], longer(9), session="c"),
+        tested.generate([5, 6], longer(2), session="d"),
+    )
+    hook.remove()
+    assert list(done.ids) == plain_greedy(model, [1, 2], 1)
+    for error in (failed, too):
+        assert isinstance(error, EngineError) and "batch of 2 failed: MemoryError" in str(error)
+    assert list(waited.ids) == plain_greedy(model, [5, 6], 2)
+    again = [1, 2, *done.ids, 7]
+    (sample,) = together(tested.generate(again, longer(3), session="a"))
+    assert sample.usage.cache_read == 0
+    assert list(sample.ids) == plain_greedy(model, again, 3)
+
+
+def test_a_row_that_is_not_finite_fails_alone() -> None:
+    """One row's hidden states become NaN: it hears of it, the others start again and are right."""
+    tested = engine(stop_ids=[])
+    calls: list[int] = []
+
+    def poison(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        calls.append(len(output))
+        if len(calls) == 3:
+            output = output.clone()
+            output[1] = float("nan")
+        return output
+
+    hook = tested.model.model.norm.register_forward_hook(poison)
+    asked = [prompt(i, 5) for i in range(3)]
+    first, second, third = together(*(tested.generate(ids, longer(5)) for ids in asked))
+    hook.remove()
+    assert isinstance(second, EngineError) and "not finite" in str(second)
+    assert calls == [3, 3, 3, 2, 2, 2, 2, 2]
+    for sample, ids in ((first, asked[0]), (third, asked[2])):
+        assert list(sample.ids) == plain_greedy(tested.model, ids, 5)
+
+
+def test_new_weights_under_way_start_responses_again() -> None:
+    """A response is all of one version: none of its tokens is of weights that are gone."""
+    tested, sampling = engine(stop_ids=[]), Sampling(max_tokens=6)
+    new = engine(build(KEPT["llama"](), seed=9), stop_ids=[])
+    (wanted,) = together(new.generate([1, 2, 3], sampling, seed=4))
+
+    async def run() -> Sample:
+        task = asyncio.ensure_future(tested.generate([1, 2, 3], sampling, seed=4, session="a"))
+        await drawn(shapes, 3)
+        tested.model.load_state_dict(new.model.state_dict())
+        tested.publish(5)
+        return await task
+
+    with forwards(tested.model) as shapes:
+        sample = asyncio.run(run())
+    assert (sample.version, sample.ids) == (5, wanted.ids)
+    assert sample.logp == pytest.approx(wanted.logp, abs=1e-4)
+    assert len(sample.ids) == len(sample.logp) == 6
+
+
+def test_an_interrupt_under_way_leaves_the_engine_usable() -> None:
+    """A loop that ends between two tokens takes its rows along; the next loop starts afresh."""
+    tested = engine(stop_ids=[])
+
+    async def interrupted() -> None:
+        lost.append(asyncio.ensure_future(tested.generate([1, 2], longer(9), session="a")))
+        await drawn(shapes, 3)
+        raise KeyboardInterrupt
+
+    lost: list[asyncio.Future[Sample]] = []
+    with forwards(tested.model) as shapes:
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(interrupted())
+        assert lost[0].cancelled()
+        shapes.clear()
+        (sample,) = together(tested.generate([3, 4], GREEDY, session="a"))
+    assert [rows for rows, _ in shapes] == [1, 1, 1]
+    assert list(sample.ids) == plain_greedy(tested.model, [3, 4], 3)
+
+
+def test_a_loop_that_was_closed_between_two_tokens_leaves_the_engine_usable() -> None:
+    """Its row can never be answered: it leaves before the next batch begins."""
+    tested = engine(stop_ids=[])
+    loop = asyncio.new_event_loop()
+    lost = loop.create_task(tested.generate([1, 2], longer(9), session="a"))
+    with forwards(tested.model) as shapes:
+        loop.run_until_complete(drawn(shapes, 2))
+        loop.close()
+        shapes.clear()
+        samples = together(*(tested.generate([i, 4], GREEDY, session="a") for i in (3, 5)))
+    lost._log_destroy_pending = False  # type: ignore[attr-defined]  # that is the point here
+    assert not lost.done() and [rows for rows, _ in shapes] == [2, 2, 2]
+    for i, sample in zip((3, 5), samples, strict=True):
+        assert list(sample.ids) == plain_greedy(tested.model, [i, 4], 3)
+
+
+def test_closing_under_way_tells_those_who_run() -> None:
+    """Rows between two tokens and requests in the queue are refused alike."""
+    tested = engine(max_batch=1, stop_ids=[])
+
+    async def run() -> list[Any]:
+        tasks = [asyncio.ensure_future(tested.generate([i, 2], longer(9))) for i in (1, 2)]
+        await drawn(shapes, 2)
+        await tested.close()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with forwards(tested.model) as shapes:
+        for error in asyncio.run(run()):
+            assert isinstance(error, EngineError) and "closed" in str(error)
+    assert len(shapes) == 2
 
 
 def test_the_module_is_left_as_it_was() -> None:

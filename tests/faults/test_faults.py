@@ -16,6 +16,7 @@ from agentdistill import table as tables
 from agentdistill.engines.base import Engine
 from agentdistill.engines.hf import HFEngine
 from agentdistill.frames import Frames
+from agentdistill.methods import steps
 from agentdistill.objective import Term
 from agentdistill.policy import ModelPolicy
 from agentdistill.records import Author, StreamBuilder
@@ -217,8 +218,14 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
 @fault("advantage with the wrong sign", watch.gradient_gap)
 def _(patch: pytest.MonkeyPatch) -> None:
-    true = advantage.opd
-    patch.setattr(advantage, "opd", lambda old, teacher, *rest: true(teacher, old, *rest))
+    true = steps.signal
+
+    def turned(work: steps.Work) -> None:
+        true(work)
+        for name in [name for name in work.table.columns if name.startswith("signal/")]:
+            work.table[name] = -work.table[name]
+
+    patch.setitem(steps.STEPS, "signal", turned)
 
 
 @fault("reward not centred", watch.gradient_gap)

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from agentdistill import advantage as adv
 from agentdistill import divergence as dv
+from agentdistill.weighting import reduce_weights
 
 pytest.importorskip("trl")
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
@@ -110,3 +114,88 @@ def test_sdpo_topk_with_tail(alpha: float, k: int) -> None:
         return value
 
     same(lambda z: ours(z, teacher), theirs, student)
+
+
+@pytest.mark.parametrize("alpha", BETAS)
+def test_sdpo_whole_vocabulary(alpha: float) -> None:
+    loss = trl("experimental.sdpo.loss_utils", "compute_full_logit_self_distillation_loss")
+    student, teacher = random(10, 6, 37).double(), random(11, 6, 37).double()
+
+    def theirs(z: Tensor) -> Tensor:
+        value: Tensor = loss(z, teacher, distillation_alpha=alpha)
+        return value
+
+    same(lambda z: dv.jsd(z, teacher, alpha), theirs, student)
+
+
+def test_sdpo_sampled_token_descends_what_opd_ascends() -> None:
+    loss = trl("experimental.sdpo.loss_utils", "compute_sampled_token_self_distillation_loss")
+    student, teacher, token = random(12, 6, 37), random(13, 6, 37), torch.arange(6) * 5
+
+    def logp(z: Tensor) -> Tensor:
+        return z.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+
+    def ours(z: Tensor) -> Tensor:
+        old, mask = logp(student), torch.ones(6, dtype=torch.bool)
+        return adv.importance_loss(logp(z), old, adv.opd(old, logp(teacher), mask))
+
+    def theirs(z: Tensor) -> Tensor:
+        value: Tensor = loss(z, teacher, token, distillation_alpha=1.0)
+        return value
+
+    pull = torch.linspace(-1, 2, 6)
+    got, want = (value_and_gradient(each, student, pull)[1] for each in (ours, theirs))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [1.0, 2.0, 100.0])
+def test_sdpo_capped_ratio(cap: float) -> None:
+    clip = trl("experimental.sdpo.loss_utils", "apply_importance_sampling_clipping")
+    loss, live, old = random(14, 50), random(15, 50), random(16, 50)
+    got = loss * adv.truncated_is(live, old, cap)
+    torch.testing.assert_close(got, clip(loss, live, old, cap))
+
+
+@pytest.mark.parametrize(("beta", "k"), [*((beta, None) for beta in BETAS), (1.0, 1), (1.0, 4)])
+def test_iw_opd_divergences(beta: float, k: int | None) -> None:
+    """Whole vocabulary, and the student's likeliest tokens with a tail (theirs for beta = 1)."""
+    trainer = trl("experimental.iw_opd.iw_opd_trainer", "IWOPDTrainer")
+    student, teacher = random(17, 6, 37).double(), random(18, 6, 37).double()
+
+    def theirs(z: Tensor) -> Tensor:
+        values: Tensor = trainer.generalized_jsd_loss(
+            z[None], teacher[None], beta=beta, reduction="none", top_k=k or 0
+        )
+        return values[0].sum(-1)
+
+    ours = dv.divergence("jsd", beta=beta, top_k=k)
+    same(lambda z: ours(z, teacher), theirs, student)
+
+
+def test_iw_opd_without_its_weights_is_opd() -> None:
+    """The same gradient at the policy that sampled; gamma alone would weigh positions."""
+    trainer = trl("experimental.iw_opd.iw_opd_trainer", "IWOPDTrainer")
+    its = SimpleNamespace(
+        temperature=1.0,
+        iw_opd_gamma=0.0,
+        iw_opd_epsilon=1e-8,
+        model=SimpleNamespace(training=True),
+        _metrics={"train": defaultdict(list)},
+    )
+    logits, token = random(19, 2, 6, 37), torch.arange(12).view(2, 6) * 3
+    labels = token.clone()
+    labels[0, 4:] = -100
+    mask = (labels != -100).flatten()
+    teacher = -random(20, 2, 6).abs()
+
+    def theirs(z: Tensor) -> Tensor:
+        value: Tensor = trainer._compute_iw_opd_loss(its, z, token, labels, teacher)
+        return value
+
+    def ours(z: Tensor) -> Tensor:
+        live = z.log_softmax(-1).gather(-1, token[..., None]).flatten()
+        advantage = adv.opd(live, teacher.flatten(), mask)
+        return (reduce_weights(None, mask) * adv.ppo_loss(live, live, advantage)).sum()
+
+    got, want = (value_and_gradient(each, logits, torch.ones(()))[1] for each in (ours, theirs))
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
