@@ -8,6 +8,7 @@ processes, and give the same numbers as one after the other.
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -24,10 +25,12 @@ from agentdistill.config import CollectStage, RunConfig, StageConfig, TinyModel,
 from agentdistill.errors import ConfigError, EngineError
 from agentdistill.evaluation import Result, evaluate, modes
 from agentdistill.files import write_text
-from agentdistill.methods.constraints import check
+from agentdistill.methods.constraints import check, remarks
 from agentdistill.methods.index import get
 from agentdistill.panel import for_tuning, of_config, tuning_part
 from agentdistill.run import Run, need_torch
+
+LOG = logging.getLogger("agentdistill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,10 @@ def validate(config: RunConfig) -> Run:
         if card.split(stage.split) not in known:
             _unknown_split(f"stages.{stage.name}.split", stage.split, known)
         if isinstance(stage, TrainStage):
-            check(config, stage, get(stage.method).resolve(stage.axes))
+            axes = get(stage.method).resolve(stage.axes)
+            check(config, stage, axes)
+            for remark in remarks(config, stage, axes):
+                LOG.warning(remark)
             need_torch("training")
             if stage.evaluate_every:
                 if card.split(part := tuning_part(config)) not in known:

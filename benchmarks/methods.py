@@ -43,7 +43,7 @@ class Scale:
     student: int = 60
     iterations: int = 40
     turns: int = 256
-    levels: int = 113
+    levels: int = 60
 
 
 FULL = Scale()
@@ -215,7 +215,7 @@ def _skills(scale: Scale, shared: Mapping[str, Any]) -> dict[str, Any]:
         "models": {"student": {"hidden": 96, "heads": 3, "feed_forward": 256}},
         "stages": stages,
         # The rooms that were trained on: what the bank knew must have gone into the weights.
-        "evaluate": {"split": "tune", "tasks": min(60, scale.levels), "samples": 4},
+        "evaluate": {"split": "tune", "tasks": min(56, scale.levels), "samples": 4},
     }
 
 

@@ -861,3 +861,18 @@ def combination(actor: str, start: str, divergence: str, coupling: str, reward: 
             "reward": {"kind": reward},
         },
     )
+
+
+def test_what_is_allowed_and_often_not_meant_is_said_once(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+
+    changes = [
+        "stages.distilled.axes.signal.divergence=k3",
+        "stages.distilled.axes.signal.coupling=loss",
+    ]
+    with validate(load({**base().model_dump(mode="json"), "output": str(tmp_path)}, changes)):
+        pass
+    (record,) = caplog.records
+    assert record.name == "agentdistill"
+    assert "K10" in record.message and "rho_k3" in record.message

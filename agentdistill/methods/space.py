@@ -270,6 +270,8 @@ class Axes(Section):
 
     def mixes(self, signal: SignalAxis) -> bool:
         """Whether the target of ``signal`` has a share of the base, now or later."""
+        if signal.divergence == "nll":
+            return False
         moves = signal is self.signal and "signal.share" in self.schedules
         return signal.rest == "base" and (signal.share != 1 or moves)
 
@@ -287,16 +289,13 @@ class Axes(Section):
         """The point with the numbers of ``values`` (dotted key → value) in their places.
 
         Raises:
-            ConfigError: a value is outside what its key allows.
+            ConfigError: a value is outside what its key allows, or the key is no number's.
         """
         if not values:
             return self
         changed = self.model_dump(by_alias=True)
         for key, value in values.items():
-            *path, last = key.split(".")
-            place = changed
-            for part in path:
-                place = place[part]
+            place, last = _place(changed, key)
             number = isinstance(place.get(last), int) and not isinstance(place[last], bool)
             place[last] = round(value) if number else value
         return _validated(changed)
@@ -335,6 +334,7 @@ class Method:
         changes, schedules = apart(overrides)
         values = merge(self.axes.model_dump(by_alias=True), changes)
         fixed = {key for key, _ in leaves(changes)} - set(schedules)
+        fixed -= set(changes.get("schedules") or ())
         kept = {k: v for k, v in values["schedules"].items() if k not in fixed}
         values["schedules"] = {**kept, **schedules}
         return _scheduled(_validated(values))
@@ -344,6 +344,17 @@ def _scheduled(axes: Axes) -> Axes:
     """``axes`` at the beginning of its schedules; both of their ends must be allowed."""
     axes.at({key: schedule.end for key, schedule in axes.schedules.items()})
     return axes.at({key: schedule.start for key, schedule in axes.schedules.items()})
+
+
+def _place(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The mapping that the number ``key`` stands in, and its name there."""
+    *path, last = key.split(".")
+    place: Any = values
+    for part in path:
+        place = place.get(part) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or isinstance(place.get(last), bool):
+        raise ConfigError(f"axes.{key}: no number that a schedule could move")
+    return place, last
 
 
 def _validated(values: Mapping[str, Any]) -> Axes:
