@@ -65,7 +65,8 @@ class Training:
         guide = by_task(the_run.episodes(stage.guide)) if stage.guide else {}
         self.judges = Judges(the_run, stage, self.axes, self.student, self.teacher, guide)
         if self.judges.skills is not None and stage.data is not None:
-            self.judges.skills.learn(the_run.episodes(stage.data)[: stage.limit], -1)
+            past = stage.guide or stage.data  # skills about the recorded tasks are there at once
+            self.judges.skills.learn(the_run.episodes(past), -1)
         self.optimiser = Optimiser(self.student.model, stage)
         self.store = Store(self.folder)
         try:

@@ -41,7 +41,7 @@ class Scale:
     demos: int = 2500
     teacher: int = 350
     student: int = 60
-    iterations: int = 40
+    iterations: int = 30
     turns: int = 256
     levels: int = 60
 
@@ -186,27 +186,34 @@ def _all(scale: Scale, shared: Mapping[str, Any]) -> dict[str, Any]:
 
 def _steps(scale: Scale, shared: Mapping[str, Any]) -> dict[str, Any]:
     words = {"vocabulary": 300}  # so few that an answer of three lines is seven tokens or more
-    stages = _taught(scale, 3 * scale.student, 4 * scale.demos // 10)
+    stages = _taught(scale, 4 * scale.student, 4 * scale.demos // 10)
+    stages[1]["iterations"] = 2 * scale.teacher
+    longer = {**shared, "iterations": 4 * scale.iterations // 3, "lr": 2e-4}
     for name, stage in STEPS.items():
         teacher = {} if stage["method"] == "grpo" else {"teacher": "taught"}
-        rate = {"lr": 3e-4} if stage["method"] == "grpo" else {}
-        stages.append({"name": stage_name(name), **shared, **rate, **stage, **teacher})
+        stages.append({"name": stage_name(name), **longer, **stage, **teacher})
     sizes = {name: {**size, "tokenizer": words} for name, size in SIZES.items()}
     env = {"id": "thinking:ThinkingSokoban", "options": SOKOBAN}
     return {"env": env, "sampling": {"max_tokens": 14}, "models": sizes, "stages": stages}
 
 
 def _skills(scale: Scale, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """Skills are read after training on rooms of other names, half of them with their skill."""
+    """The student can read: it learnt from demonstrations in rooms of other names.
+
+    Half of them had a skill about the room beside them, written from an explorer's episode.
+    """
     reading = {"context": {"kind": "skill", "reader": "actor"}, "informed_share": 0.5}
+    rooms = {"do": "collect", "batch": 256, "episodes": min(800, scale.demos)}
     stages: list[dict[str, Any]] = [
-        {"name": "demos", "do": "collect", "policy": "expert", "batch": 256,
-         "episodes": min(800, scale.demos)},
-        {"name": "before", "model": "student", "method": "sft", "data": "demos", "axes": reading,
-         "lr": 3e-3, "schedule": "cosine", "warmup": 0.05, "iterations": scale.teacher},
+        {"name": "demos", **rooms, "policy": "expert"},
+        {"name": "tried", **rooms, "policy": "random", "only_success": False},
+        {"name": "before", "model": "student", "method": "sft", "data": "demos", "guide": "tried",
+         "axes": reading, "lr": 3e-3, "schedule": "cosine", "warmup": 0.05,
+         "iterations": scale.teacher},
     ]  # fmt: skip
     for name, stage in SKILLS.items():
-        group = {"samples": GROUP, "split": "tune", "lr": 3e-4}
+        group = {"samples": GROUP, "split": "tune", "lr": 3e-4,
+                 "iterations": 2 * scale.iterations}  # fmt: skip
         stages.append({"name": stage_name(name), **shared, **group, **stage})
     env = {"id": "agentdistill/Lockroom-v0", "options": {"rooms": 800}}
     return {

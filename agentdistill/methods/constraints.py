@@ -46,6 +46,11 @@ def _needs_guide(axes: Axes) -> bool:
     return axes.start.kind == "b2f" or axes.context.kind in ("gold", "actions", "demonstrations")
 
 
+def _past(axes: Axes) -> bool:
+    """Whether skills about recorded episodes are needed before anything is played."""
+    return axes.context.kind == "skill" and axes.actor == "data"
+
+
 def _read(axes: Axes) -> bool:
     """Whether somebody reads the context."""
     if axes.context.reader == "scorer":
@@ -152,9 +157,12 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     Constraint(
         "K4",
         "guide, axes.start.kind, axes.context.kind",
-        lambda run, stage, axes: _needs_guide(axes) != (stage.guide is not None),
+        lambda run, stage, axes: (
+            _needs_guide(axes) if stage.guide is None else not (_needs_guide(axes) or _past(axes))
+        ),
         "a backward curriculum and the contexts gold, actions and demonstrations need the "
-        "demonstrations of a collect stage named as guide; others take none",
+        "demonstrations of a collect stage named as guide; others take none (but skills that are "
+        "read beside recorded episodes may come from one)",
     ),
     Constraint(
         "start",
