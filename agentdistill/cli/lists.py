@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,8 +153,9 @@ def compare_methods(
 ) -> None:
     """Show in what two methods differ."""
     from agentdistill import display
+    from agentdistill.methods.overrides import leaves
 
-    one, two = (dict(_flat(_method(name)["axes"])) for name in (first, second))
+    one, two = (dict(leaves(_method(name)["axes"])) for name in (first, second))
     found = {key: [one[key], two[key]] for key in one if one[key] != two[key]}
     if as_json:
         document(found)
@@ -209,14 +210,6 @@ def _requires(axes: Axes) -> list[str]:
     if axes.actor in ("data", "cached", "mixed"):
         found.append("recorded episodes")
     return found
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 @app.command("config")

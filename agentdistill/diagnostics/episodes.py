@@ -69,7 +69,7 @@ def score(
     whats = ("logp", "entropy", "reverse_kl", "tvd", "agree")
     names += [column(what, "teacher", view) for what in whats]
     found = torch.full((len(names), len(table)), torch.nan)
-    with evaluating(student), evaluating(teacher):
+    with evaluating(student.modules()), evaluating(teacher.modules()):
         for part in table.micro_batches(view, micro_tokens):
             *mine, rows = gather(table, PLAIN, part, needed)
             *theirs, _ = gather(table, view, part, needed)

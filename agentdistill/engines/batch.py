@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -113,7 +112,7 @@ class Batch:
 
     def step(self) -> list[Request]:
         """Draw one token for each row; those whose response is complete now, still in the batch."""
-        with torch.no_grad(), _evaluating(self._modules):
+        with torch.no_grad(), forward.evaluating(self._modules):
             slots = [r.slot for r in self.rows if r.slot is not None]
             hidden = self._kv.extend(slots, [r.chunk for r in self.rows])
             draws = self._draws = self._draws or Draws(self.rows, self._device)
@@ -123,19 +122,6 @@ class Batch:
             request.logp.append(logp)
         drawn = zip(self.rows, tokens, strict=True)
         return [r for r, t in drawn if t in self._stop_ids or len(r.ids) == r.sampling.max_tokens]
-
-
-@contextmanager
-def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """As :func:`forward.evaluating`, for every token: torch's setter takes 4 us a module."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        object.__setattr__(module, "training", False)
-    try:
-        yield
-    finally:
-        for module in training:
-            object.__setattr__(module, "training", True)
 
 
 class Draws:

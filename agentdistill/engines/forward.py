@@ -14,7 +14,7 @@ Shape suffixes: N positions in question, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -283,16 +283,19 @@ def _check_positions(ids: list[Indices], where: list[Indices]) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule has its own mode back."""
-    training = [module for module in model.modules() if module.training]
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each of ``modules`` has its own mode back.
+
+    Past torch's setter, which takes 4 us a module: this is entered for every token.
+    """
+    training = [module for module in modules if module.training]
     for module in training:
-        module.training = False
+        object.__setattr__(module, "training", False)
     try:
         yield
     finally:
         for module in training:
-            module.training = True
+            object.__setattr__(module, "training", True)
 
 
 @contextmanager

@@ -91,7 +91,7 @@ class HFEngine(Engine):
         self._away: set[str] = set()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
-        with forward.evaluating(model):
+        with forward.evaluating(model.modules()):
             forward.check_head(model)
             self._kv, why = open_kv(
                 forward.body(model),
@@ -145,7 +145,7 @@ class HFEngine(Engine):
             return []
         lengths = np.fromiter((len(r.ids) for r in requests), np.int64, len(requests))
         results: dict[int, Scores] = {}
-        with torch.no_grad(), forward.evaluating(self.model):
+        with torch.no_grad(), forward.evaluating(self.model.modules()):
             for group in forward.length_groups(lengths, budget=self._budget):
                 scores = self._score_group([requests[i] for i in group])
                 results.update(zip(group.tolist(), scores, strict=True))

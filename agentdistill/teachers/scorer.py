@@ -81,7 +81,7 @@ class LocalScorer:
         needed = table.valid(view) if rows is None else rows & table.valid(view)
         found = {what: self._empty(what, len(table)) for what in want}
         tokens = 0
-        with evaluating(self.model):
+        with evaluating(self.model.modules()):
             for part in table.micro_batches(view, micro_tokens):
                 ids, positions, chosen = gather(table, view, part, needed)
                 if not len(chosen):

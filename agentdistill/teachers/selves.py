@@ -124,7 +124,7 @@ class SelfScorer(LocalScorer):
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, H] of the last scoring → logits [n, V], without gradients."""
-        with self._wearing(self._head), evaluating(head(self.model)):
+        with self._wearing(self._head), evaluating(head(self.model).modules()):
             return super().head(hidden)
 
     def state_dict(self) -> dict[str, Any]:
