@@ -59,3 +59,21 @@ class StoreError(AgentDistillError, OSError):
     """The run directory cannot be read or written (disk full, foreign files, permissions)."""
 
     exit_code = 5
+
+
+class BudgetError(AgentDistillError, RuntimeError):
+    """A limit on spending would be broken: names the limit, its value and what to do."""
+
+    exit_code = 6
+
+    def __init__(self, limit: str, value: object, message: str) -> None:
+        """Say that ``limit``, which is ``value``, leaves no room, and why (``message``)."""
+        self.limit, self.value, self._message = limit, value, message
+        super().__init__(
+            f"{limit}={value}: {message}; raise that limit and repeat the command: "
+            "what was paid is kept"
+        )
+
+    def __reduce__(self) -> tuple[type[BudgetError], tuple[str, object, str]]:
+        """Errors travel between processes."""
+        return type(self), (self.limit, self.value, self._message)

@@ -90,6 +90,7 @@ class Response:
         usage: tokens spent, alternatives included.
         tool_calls: native tool calls; where there are some, they and not the text say what to do.
         forced: ids that were put into the actor's mouth before what it sampled.
+        stop: why a response without a sample ended, as :attr:`Turn.stop` says it.
     """
 
     text: str
@@ -102,6 +103,7 @@ class Response:
     usage: Usage = Usage()
     tool_calls: tuple[Mapping[str, Json], ...] = ()
     forced: tuple[int, ...] = ()
+    stop: str = "none"
 
 
 class Policy(ABC):
@@ -254,7 +256,7 @@ _QUESTION = (
 )
 
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
-_TAG = re.compile(r"</?(?:think|action|answer|code)>")
+TAG = re.compile(r"</?(?:think|action|answer|code)>")
 """What would end a thought, or be read as the action that it only speaks of."""
 
 
@@ -283,7 +285,7 @@ class FirstThought(ModelPolicy):
         frames, plain = self.renderer.frames, self.renderer.prompt.grammar == "plain"
         said = actions.grammar("plain", opened=bool(frames.opened))(answer)
         text = said.actions[0] if said.actions else said.reasoning
-        thought = _BLANK_LINE.split(_TAG.sub("", text).strip(), 1)[0].rstrip()
+        thought = _BLANK_LINE.split(TAG.sub("", text).strip(), 1)[0].rstrip()
         if not thought:
             return ()
         begin = "" if frames.opened else actions.THINK

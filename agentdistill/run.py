@@ -27,7 +27,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import agentdistill
+from agentdistill.chat import ChatPolicy
 from agentdistill.config import (
+    ApiModel,
     LocalModel,
     RunConfig,
     SamplingConfig,
@@ -40,15 +42,20 @@ from agentdistill.envs.base import TextEnv
 from agentdistill.envs.make import make
 from agentdistill.errors import ConfigError, MissingExtraError
 from agentdistill.files import refusing, write_text
+from agentdistill.ledger import Price
 from agentdistill.policy import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, derive_seed
 from agentdistill.records import Trajectory
 from agentdistill.render import Renderer
 from agentdistill.store import Store
+from agentdistill.wording import Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from agentdistill.engines.hf import HFEngine
+    from agentdistill.engines.litellm import LiteLLMEngine
+    from agentdistill.ledger import Ledger
+    from agentdistill.request_cache import RequestCache
 
 
 def need_torch(feature: str) -> None:
@@ -91,6 +98,9 @@ class Run:
         self.config, self.path = config, config.path
         self.pool: list[TextEnv] = []
         """Environments that wait for the next rollout."""
+        self.ledger: Ledger | None = None
+        self.answers: RequestCache | None = None
+        self._remote: dict[str, LiteLLMEngine] = {}
 
     def close(self) -> None:
         """Close every environment; whoever goes on gets new ones."""
@@ -201,6 +211,12 @@ class Run:
             known = ", ".join(self.config.models)
             raise ConfigError(f"no such model; known: {known}", key="models", value=key)
         config = self.config.models[key]
+        if isinstance(config, ApiModel):
+            raise ConfigError(
+                "answers in text over an API: it has no weights here, and cannot score tokens",
+                key=f"models.{key}.kind",
+                value=config.kind,
+            )
         seed = derive_seed(self.config.seed, "model", key) % 2**31
         if isinstance(config, LocalModel):
             stages = [s for s in self.config.stages if isinstance(s, TrainStage)]
@@ -238,7 +254,67 @@ class Run:
             return ExpertPolicy(grammar)
         if name == "random":
             return RandomPolicy(grammar)
+        if isinstance(self.config.models.get(name), ApiModel):
+            return self.chatting(name, sampling)
         return self.acting(self.model(name), sampling)
+
+    def chatting(
+        self, name: str, sampling: SamplingConfig | None = None, role: str = "student"
+    ) -> ChatPolicy:
+        """The model behind an API called ``name``, as a policy; ``role`` is for the ledger."""
+        config = self.config.models[name]
+        assert isinstance(config, ApiModel)
+        wording = Wording(self.config.prompt, self.env.instruction)
+        chosen = Sampling(**(sampling or self.config.sampling).model_dump())
+        engine = self.remote(name).in_role(role)
+        return ChatPolicy(name, engine, wording, chosen, native_tools=config.native_tools)
+
+    def remote(self, name: str) -> LiteLLMEngine:
+        """The engine of a model behind an API: one for the run, so that its limits hold for all.
+
+        Raises:
+            ConfigError: its key is not set, or nobody knows its provider.
+            MissingExtraError: litellm is not installed.
+        """
+        from agentdistill.engines.litellm import LiteLLMEngine
+        from agentdistill.engines.patience import Patience
+
+        config = self.config.models[name]
+        assert isinstance(config, ApiModel)
+        if name not in self._remote:
+            self._remote[name] = LiteLLMEngine(
+                config.model,
+                name=name,
+                base_url=config.base_url,
+                key_env=config.key_env,
+                concurrency=config.concurrency,
+                timeout=config.timeout,
+                patience=Patience(config.retries, budget=config.retry_budget),
+                ledger=self.ledger,
+                answers=self.answers,
+            )
+        return self._remote[name]
+
+    def prices(self) -> dict[str, Price]:
+        """What the configuration says that models behind an API cost, for a ledger.
+
+        Raises:
+            ConfigError: two entries give one model different prices.
+        """
+        found: dict[str, Price] = {}
+        for name, config in self.config.models.items():
+            if not isinstance(config, ApiModel) or config.price is None:
+                continue
+            said = config.price
+            write, read = (
+                said.input if part is None else part for part in (said.cache_write, said.cache_read)
+            )
+            price = Price(said.input, write, read, said.output)
+            if found.setdefault(config.model, price) != price:
+                raise ConfigError(
+                    f"{config.model} has another price elsewhere", key=f"models.{name}.price"
+                )
+        return found
 
     def acting(self, loaded: Loaded, sampling: SamplingConfig | None = None) -> ModelPolicy:
         """``loaded`` as a policy."""

@@ -31,7 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a job that a shell put into the background: nothing here could be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-PACKAGES = ("alfworld", "vllm")
+PACKAGES = ("alfworld", "litellm", "vllm")
 
 
 def _missing(marker: str) -> str | None:

@@ -8,12 +8,23 @@ is a bug and shows its traceback. Nothing but typer is imported before a verb ru
 import os
 import sys
 
-from agentdistill.cli import compare, data, diagnose, lists, panels, plan, report, runs, setup
+from agentdistill.cli import (
+    compare,
+    data,
+    diagnose,
+    importing,
+    lists,
+    panels,
+    plan,
+    report,
+    runs,
+    setup,
+)
 from agentdistill.cli.base import app
 
 __all__ = [
-    "app", "compare", "data", "diagnose", "lists", "main", "panels", "plan", "report", "runs",
-    "setup",
+    "app", "compare", "data", "diagnose", "importing", "lists", "main", "panels", "plan", "report",
+    "runs", "setup",
 ]  # fmt: skip
 
 

@@ -1,9 +1,11 @@
 """The one configuration object: everything a run does, checked before it starts.
 
-``schema.py`` has the sections, ``prompts.py`` how episodes are shown, ``loading.py`` the way from a
+``schema.py`` has the sections, ``prompts.py`` how episodes are shown, ``api.py`` models behind an
+API, ``loading.py`` the way from a
 file to the object.
 """
 
+from agentdistill.config.api import ApiModel, PriceConfig
 from agentdistill.config.loading import load, read
 from agentdistill.config.prompts import PROMPTS, PromptConfig, Section, prompt
 from agentdistill.config.schema import (
@@ -28,6 +30,7 @@ from agentdistill.config.schema import (
 
 __all__ = [
     "PROMPTS",
+    "ApiModel",
     "Beta",
     "CollectStage",
     "EnvConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "ModelConfig",
     "ModelName",
     "Over",
+    "PriceConfig",
     "PromptConfig",
     "RunConfig",
     "SamplingConfig",

@@ -16,6 +16,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from agentdistill.config.api import ApiModel
 from agentdistill.config.prompts import Section
 from agentdistill.config.schema import (
     CollectStage,
@@ -115,7 +116,7 @@ def _child(node: Any, part: str, path: str) -> Any:
 
 
 _UNIONS: dict[str, dict[str, type[Section]]] = {
-    "models": {"tiny": TinyModel, "local": LocalModel},
+    "models": {"tiny": TinyModel, "local": LocalModel, "api": ApiModel},
     "stages": {"collect": CollectStage, "train": TrainStage},
 }
 """Sections whose members are of several kinds, which pydantic puts into its locations."""

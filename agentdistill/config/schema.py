@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from agentdistill.config.api import ApiModel
 from agentdistill.config.prompts import PROMPTS, PromptConfig, Section, prompt
 from agentdistill.errors import ConfigError
 from agentdistill.records import digest
@@ -105,7 +106,10 @@ def _tag(key: str, default: str) -> Discriminator:
 
 
 ModelConfig = Annotated[
-    Annotated[TinyModel, Tag("tiny")] | Annotated[LocalModel, Tag("local")], _tag("kind", "tiny")
+    Annotated[TinyModel, Tag("tiny")]
+    | Annotated[LocalModel, Tag("local")]
+    | Annotated[ApiModel, Tag("api")],
+    _tag("kind", "tiny"),
 ]
 
 
@@ -283,12 +287,23 @@ class RunConfig(Section):
                 value = getattr(stage, key, None)
                 if value is not None:
                     _known(f"stages.{stage.name}.{key}", value, seen, kinds)
-            if isinstance(stage, TrainStage) and stage.init is not None:
-                self._same_model(stage, self.stage(stage.init))
+            if isinstance(stage, TrainStage):
+                self._has_weights(stage)
+                if stage.init is not None:
+                    self._same_model(stage, self.stage(stage.init))
             seen[stage.name] = stage.do
         for policy in self.evaluate.policies:
             _known("evaluate.policies", policy, seen, ("model", "train", "built-in"))
         return self
+
+    def _has_weights(self, stage: TrainStage) -> None:
+        for key in ("model", "base"):
+            name = getattr(stage, key)
+            if isinstance(self.models.get(name), ApiModel):
+                raise ValueError(
+                    f"stages.{stage.name}.{key}={name!r}: a model behind an API has no weights "
+                    "here; name a tiny or local one"
+                )
 
     def _same_model(self, stage: TrainStage, init: StageConfig) -> None:
         model = getattr(init, "model", None)

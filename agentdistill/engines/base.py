@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from agentdistill.errors import EngineError
 from agentdistill.records import FloatArray, Json, Usage
@@ -46,6 +47,11 @@ class Sample:
         version: version of the weights that drew it.
         usage: tokens spent; ``cache_read`` are prompt tokens that were not computed again.
         tool_calls: native tool calls, as the provider returned them.
+        reasoning: what a provider gave as reasoning of its own, apart from ``text``.
+        estimated: ``usage`` is an estimate, because the provider's counts were missing or cannot
+            be.
+
+    A sample that is only text (:meth:`Engine.chat`) has neither ``ids`` nor ``logp``.
     """
 
     ids: tuple[int, ...]
@@ -55,6 +61,25 @@ class Sample:
     version: int = 0
     usage: Usage = Usage()
     tool_calls: tuple[Mapping[str, Json], ...] = ()
+    reasoning: str = ""
+    estimated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a chat, as plain text.
+
+    Attributes:
+        role: ``system``, ``user``, ``assistant`` or ``tool``.
+        content: the text.
+        tool_calls: of an assistant: the calls that it made.
+        tool_call_id: of a tool's answer: the call that it answers.
+    """
+
+    role: str
+    content: str
+    tool_calls: tuple[Mapping[str, Json], ...] = ()
+    tool_call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +111,7 @@ class Capabilities:
         top_k: number of alternatives with log-probabilities, 0 for none.
         full: whole distributions (in process: hidden states and the head).
         train: its weights are in this process and can be trained.
+        text: answers messages in text (:meth:`Engine.chat`).
         notes: what a user should know, such as why something is off.
     """
 
@@ -95,6 +121,7 @@ class Capabilities:
     full: bool = False
     train: bool = False
     notes: tuple[str, ...] = field(default=())
+    text: bool = False
 
 
 class Engine(ABC):
@@ -131,6 +158,30 @@ class Engine(ABC):
             EngineError: this engine only generates (which its capabilities say).
         """
         raise EngineError(f"{self.name} cannot score tokens; it only generates")
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        n: int = 1,
+        tools: Sequence[Mapping[str, Any]] = (),
+        seed: int = 0,
+    ) -> list[Sample]:
+        """Draw ``n`` answers to ``messages``; the sum of their usages is what they cost together.
+
+        Args:
+            messages: the chat so far.
+            sampling: how to draw.
+            n: how many answers.
+            tools: what may be called, in OpenAI's function format.
+            seed: of these answers' random numbers, where whoever answers takes one.
+
+        Raises:
+            EngineError: this engine takes token ids only (which its capabilities say), or no answer
+                came.
+        """
+        raise EngineError(f"{self.name} takes token ids and cannot answer messages")
 
     def release(self, session: str) -> None:  # noqa: B027  (optional)
         """Forget what is kept for ``session``."""
