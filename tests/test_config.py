@@ -588,6 +588,7 @@ REMARKED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"axes": {"signal": {"divergence": "rho_k3", **LOSS}}},
     ),
     "K3": ({**REWARDED, "method": "tcod-f2b"}, {**REWARDED, **B2F}),
+    "pass_rate": ({"method": "paced"}, {"method": "paced", "samples": 2}),
 }
 """What is remarked on, and its neighbour that is not."""
 
