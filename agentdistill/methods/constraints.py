@@ -373,7 +373,7 @@ REMARKS: tuple[Constraint, ...] = (
 def check(run: RunConfig, stage: TrainStage, axes: Axes) -> None:
     """Refuse a stage that breaks a constraint, naming stage, keys, values, rule and remedy."""
     for level, choice in rules.chosen(axes):
-        rules.find(level, choice)
+        rules.find(level, choice, f"stages.{stage.name}.axes")
     for constraint in CONSTRAINTS:
         if constraint.broken(run, stage, axes):
             raise ConfigError(_sentence(run, stage, axes, constraint))
