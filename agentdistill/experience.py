@@ -83,9 +83,12 @@ class Experience:
         return materialise(trajectory, mine)
 
     def _tasks(self) -> TaskStream:
-        if self.guide:
-            return TaskStream.of_list([t.task for t in self.guide.values()], self.seed)
-        return TaskStream.of_split(self.context.env, self.stage.split, self.seed)
+        """Tasks that have a demonstration, where one is replayed or read; else of the split."""
+        shown = self.axes.start.kind == "b2f" or self.axes.context.kind in ("gold", "actions")
+        if self.stage.guide is None or not shown:
+            return TaskStream.of_split(self.context.env, self.stage.split, self.seed)
+        tasks = {t.task.key: t.task for t in self.context.episodes(self.stage.guide)}
+        return TaskStream.of_list(list(tasks.values()), self.seed)
 
     # -- one iteration ----------------------------------------------------------------------------
 

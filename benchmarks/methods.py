@@ -117,7 +117,8 @@ def stage_of(name: str) -> dict[str, Any]:
         stage["data"] = "tried"
     if axes.start.kind == "b2f" or axes.context.kind in ("gold", "actions", "demonstrations"):
         stage["guide"] = "shown"
-    if axes.reward.kind == "grpo" or axes.context.kind == "sibling" or axes.weight.shift:
+    grouped = axes.reward.kind == "grpo" or axes.context.kind == "sibling"
+    if grouped or axes.weight.shift or axes.task.weight != "none":
         stage["samples"] = GROUP
     if not axes.needs_teacher and axes.actor not in ("data", "cached"):
         stage["lr"] = 3e-4  # the rate that rewards bear, here and in the curricula benchmark
@@ -338,16 +339,20 @@ def main() -> None:
         return work(bench(scale, [mine])[0], words.job, words.output)
     file = words.output / "methods.json" if words.small else FILE
     about = facts("scipy")
+    new = [
+        row
+        for each in benches
+        for row in run_all(each, file, words.output, words.processes, words.minutes)
+    ]
+    # Read at the end: another call may have measured other settings meanwhile.
     known = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    rows = [row for row in known["rows"] if row["setting"] not in settings]
-    for each in benches:
-        rows += run_all(each, file, words.output, words.processes, words.minutes)
+    rows = new + [row for row in known["rows"] if row["setting"] not in settings]
     for setting in settings:
         if mine := [row for row in rows if row["setting"] == setting]:
             print(f"\n{table(rows, setting)}\n\n{compare(mine, contrasts(setting))}")
     if any(row["setting"] == "steps" for row in rows):
         print(f"\n{weights(rows)}")
-    cost = overhead(scale, words.output)
+    cost = overhead(scale, words.output) if "all" in settings else known.get("overhead", {})
     for name, share in cost.items():
         print(f"weights of {name}: {share:.2%} of its training (goal below {OVERHEAD_GOAL:.0%})")
     save(file, {"facts": finished(about), "scale": asdict(scale), "rows": rows, "overhead": cost})

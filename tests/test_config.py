@@ -588,6 +588,7 @@ REMARKED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"axes": {"signal": {"divergence": "rho_k3", **LOSS}}},
     ),
     "K3": ({**REWARDED, "method": "tcod-f2b"}, {**REWARDED, **B2F}),
+    "pass_rate": ({"method": "paced"}, {"method": "paced", "samples": 2}),
 }
 """What is remarked on, and its neighbour that is not."""
 
@@ -692,21 +693,27 @@ def test_axes_refuse(axes: dict[str, Any], message: str) -> None:
 
 
 RULES: list[tuple[dict[str, Any], str]] = [
-    ({"weight": {"step": "sop"}}, "step rule='sop': one of none, sod"),
-    ({"weight": {"token": "sod"}}, "token rule='sod': one of none, entropy"),
-    ({"signal": {"route": "sucess"}}, "route rule='sucess': one of none, success, failure, above"),
-    ({"weight": {"step": {"name": "sod", "dleta": 1}}}, "step='dleta': no parameter of sod; known"),
+    ({"weight": {"step": "sop"}}, "axes.weight.step='sop': one of none, sod"),
+    ({"weight": {"token": "sod"}}, "axes.weight.token='sod': one of none, entropy"),
+    (
+        {"signal": {"route": "sucess"}},
+        "axes.signal.route='sucess': one of none, success, failure, above",
+    ),
+    (
+        {"weight": {"step": {"name": "sod", "dleta": 1}}},
+        "axes.weight.step.dleta=1.0: no parameter of sod; known",
+    ),
     (
         {"weight": {"step": {"name": "sod", "parameters": {"dleta": 1}}}},
-        "step='dleta': no parameter of sod; known: delta, eps",
+        "axes.weight.step.dleta=1.0: no parameter of sod; known: delta, eps",
     ),
     (
         {"weight": {"step": {"name": "sod", "dleta": {"from": 0, "to": 1}}}},
-        "step='dleta': no parameter of sod; known: delta, eps",
+        "axes.weight.step.dleta=0.0: no parameter of sod; known: delta, eps",
     ),
     (
         {"signal": {"route": {"name": "failure", "tau": 1}}},
-        "route='tau': no parameter of failure; known: none",
+        "axes.signal.route.tau=1.0: no parameter of failure; known: none",
     ),
 ]
 

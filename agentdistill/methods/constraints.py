@@ -42,6 +42,10 @@ def _couplings(axes: Axes, *names: str) -> bool:
     return any(signal.coupling in names for signal in axes.signals)
 
 
+def _censors(axes: Axes) -> bool:
+    return axes.reward.kind != "none" and axes.start.kind in ("f2b", "fixed")
+
+
 def _needs_guide(axes: Axes) -> bool:
     return axes.start.kind == "b2f" or axes.context.kind in ("gold", "actions", "demonstrations")
 
@@ -148,9 +152,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     Constraint(
         "K3",
         "axes.start.kind, axes.reward.kind",
-        lambda run, stage, axes: (
-            axes.reward.kind != "none" and axes.start.kind in ("f2b", "fixed") and not axes.signals
-        ),
+        lambda run, stage, axes: _censors(axes) and not axes.signals,
         "a window that ends the episode censors its outcome, and there is no other signal: use "
         "start full or b2f",
     ),
@@ -353,13 +355,16 @@ REMARKS: tuple[Constraint, ...] = (
     Constraint(
         "K3",
         "axes.start.kind, axes.reward.kind",
-        lambda run, stage, axes: (
-            axes.reward.kind != "none"
-            and axes.start.kind in ("f2b", "fixed")
-            and bool(axes.signals)
-        ),
+        lambda run, stage, axes: _censors(axes) and bool(axes.signals),
         "episodes that the window ends have no outcome: the reward teaches on the others only "
         "(metric censored)",
+    ),
+    Constraint(
+        "pass_rate",
+        "axes.task.weight, samples",
+        lambda run, stage, axes: axes.task.weight == "pass_rate" and stage.samples < 2,
+        "a task that was played once has a pass rate of 0 or 1, and weighs nothing until it comes "
+        "again: use samples",
     ),
 )
 """What is allowed and often not meant."""
@@ -368,7 +373,7 @@ REMARKS: tuple[Constraint, ...] = (
 def check(run: RunConfig, stage: TrainStage, axes: Axes) -> None:
     """Refuse a stage that breaks a constraint, naming stage, keys, values, rule and remedy."""
     for level, choice in rules.chosen(axes):
-        rules.find(level, choice)
+        rules.find(level, choice, f"stages.{stage.name}.axes")
     for constraint in CONSTRAINTS:
         if constraint.broken(run, stage, axes):
             raise ConfigError(_sentence(run, stage, axes, constraint))

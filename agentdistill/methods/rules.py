@@ -108,15 +108,21 @@ def rule(
     return register
 
 
-def find(level: str, choice: Choice) -> Rule:
-    """The rule that ``choice`` names; ConfigError with the known names or parameters."""
+def find(level: str, choice: Choice, axes: str = "axes") -> Rule:
+    """The rule that ``choice`` names.
+
+    Raises:
+        ConfigError: with the known names or parameters; ``axes`` is where they stand.
+    """
+    key = f"{axes}.signal.route" if level == "route" else f"{axes}.weight.{level}"
     found = RULES.get((level, choice.name))
     if found is None:
         known = ", ".join(name for where, name in RULES if where == level)
-        raise ConfigError(f"one of none, {known}", key=f"{level} rule", value=choice.name)
-    for key in choice.parameters.keys() - found.defaults.keys():
+        raise ConfigError(f"one of none, {known}", key=key, value=choice.name)
+    for name in sorted(choice.parameters.keys() - found.defaults.keys()):
         known = ", ".join(found.defaults) or "none"
-        raise ConfigError(f"no parameter of {choice.name}; known: {known}", key=level, value=key)
+        message = f"no parameter of {choice.name}; known: {known}"
+        raise ConfigError(message, key=f"{key}.{name}", value=choice.parameters[name])
     return found
 
 
