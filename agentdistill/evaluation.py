@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from agentdistill.callbacks import Callback, counting
 from agentdistill.config import EvaluateConfig, SamplingConfig
 from agentdistill.metrics import Interval, of_trajectories, wilson
 from agentdistill.panel import Panel, deviations, of_config
@@ -18,6 +19,8 @@ from agentdistill.policy import Policy
 from agentdistill.records import Task, Trajectory, digest
 from agentdistill.rollout import rollout, run
 from agentdistill.run import Loaded, Run
+
+SILENT = Callback()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +79,17 @@ def modes(name: str, config: EvaluateConfig) -> list[str]:
     return ["-"] if name in ("expert", "random") else list(dict.fromkeys(config.modes))
 
 
-def evaluate(the_run: Run, name: str, mode: str, config: EvaluateConfig | None = None) -> Result:
+def evaluate(
+    the_run: Run,
+    name: str,
+    mode: str,
+    config: EvaluateConfig | None = None,
+    callback: Callback = SILENT,
+) -> Result:
     """Let the policy called ``name`` play the panel in ``mode``."""
     config = config or the_run.config.evaluate
-    return play(the_run, the_run.policy(name, _sampling(the_run, mode)), mode, config)
+    policy = the_run.policy(name, _sampling(the_run, mode))
+    return play(the_run, policy, mode, config, callback=callback)
 
 
 def play(
@@ -88,21 +98,27 @@ def play(
     mode: str,
     config: EvaluateConfig,
     panel: Panel | None = None,
+    callback: Callback = SILENT,
 ) -> Result:
-    """Let a policy, or a model that is at hand, play ``panel``, or that of ``config``."""
+    """Let a policy, or a model that is at hand, play ``panel``, or that of ``config``.
+
+    ``callback`` is told of every episode that ends.
+    """
     if panel is None:
         panel = of_config(the_run.config, config, the_run.env)
     if isinstance(player, Loaded):
         player = the_run.acting(player, _sampling(the_run, mode))
-    samples = config.samples if mode == "sampled" else 1
+    requests = panel.requests(config.samples if mode == "sampled" else 1)
+    title = player.name if mode == "-" else f"{player.name} ({mode})"
     trajectories = run(
         rollout(
             player,
             the_run.make_env,
-            panel.requests(samples),
+            requests,
             concurrency=config.concurrency,
             max_turns=the_run.config.env.max_turns,
             limits=the_run.config.limits,
+            on_end=counting(callback, title, len(requests), the_run.providers.spent),
             pool=the_run.pool,
         )
     )

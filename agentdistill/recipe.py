@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from agentdistill.callbacks import Callback, Callbacks, JsonLines
-from agentdistill.config import CollectStage, RunConfig, StageConfig, TinyModel, TrainStage
+from agentdistill.config import (
+    ApiModel,
+    CollectStage,
+    RunConfig,
+    StageConfig,
+    TinyModel,
+    TrainStage,
+)
 from agentdistill.errors import ConfigError, EngineError
 from agentdistill.evaluation import Result, evaluate, modes
 from agentdistill.files import write_text
@@ -83,9 +90,23 @@ def validate(config: RunConfig) -> Run:
         if config.evaluate.panel is None and card.split(config.evaluate.split) not in known:
             _unknown_split("evaluate.split", config.evaluate.split, known)
         of_config(config, config.evaluate, the_run.env)
-        if any(policy not in ("expert", "random") for policy in config.evaluate.policies):
+        if any(
+            policy not in ("expert", "random")
+            and not isinstance(config.models.get(policy), ApiModel)
+            for policy in config.evaluate.policies
+        ):
             need_torch("evaluating a model")
+    _check_providers(the_run)
     return the_run
+
+
+def _check_providers(the_run: Run) -> None:
+    """Keys, providers and prices of the models behind an API that somebody names."""
+    config = the_run.config
+    named = {*config.evaluate.policies, *(name for s in config.stages for name in _needs(s))}
+    for name, model in config.models.items():
+        if isinstance(model, ApiModel) and name in named:
+            the_run.providers.check(name)
 
 
 def _unknown_split(key: str, value: str, known: Sequence[str]) -> None:
@@ -185,7 +206,7 @@ def _perform(the_run: Run, job: Job, callback: Callback) -> None:
 
         Training(the_run, job.stage, callback).run()
     else:
-        result = evaluate(the_run, job.name, job.mode)
+        result = evaluate(the_run, job.name, job.mode, callback=callback)
         file = _evaluation(the_run, job.name, job.mode)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(result.to_json()))
@@ -230,6 +251,9 @@ class _Forward(Callback):
 
     def on_stage_end(self, stage: StageConfig, summary: Mapping[str, Any]) -> None:
         self._send(("on_stage_end", (stage, dict(summary))))
+
+    def on_episode(self, name: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
+        self._send(("on_episode", (name, done, total, dict(metrics))))
 
 
 def _child(config: RunConfig, job: Job) -> None:

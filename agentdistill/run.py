@@ -5,6 +5,7 @@ Layout of the folder::
     config.yaml               the resolved configuration
     machine.json              versions, commit, machine
     tokenizers/<hash>/        tokenizers of tiny models
+    ledger.jsonl, answers/    calls to providers and what was answered, where there are some
     stages/<name>/            store (commits.jsonl, shards/), checkpoints/, model/, metrics.jsonl,
                               done.json when the stage is complete
     results.json, results.md  the evaluation
@@ -42,8 +43,8 @@ from agentdistill.envs.base import TextEnv
 from agentdistill.envs.make import make
 from agentdistill.errors import ConfigError, MissingExtraError
 from agentdistill.files import refusing, write_text
-from agentdistill.ledger import Price
 from agentdistill.policy import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, derive_seed
+from agentdistill.providers import Providers
 from agentdistill.records import Trajectory
 from agentdistill.render import Renderer
 from agentdistill.store import Store
@@ -53,9 +54,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from agentdistill.engines.hf import HFEngine
-    from agentdistill.engines.litellm import LiteLLMEngine
-    from agentdistill.ledger import Ledger
-    from agentdistill.request_cache import RequestCache
 
 
 def need_torch(feature: str) -> None:
@@ -98,14 +96,14 @@ class Run:
         self.config, self.path = config, config.path
         self.pool: list[TextEnv] = []
         """Environments that wait for the next rollout."""
-        self.ledger: Ledger | None = None
-        self.answers: RequestCache | None = None
-        self._remote: dict[str, LiteLLMEngine] = {}
+        self.providers = Providers(config)
+        """Models behind an API, and what they were paid."""
 
     def close(self) -> None:
-        """Close every environment; whoever goes on gets new ones."""
+        """Close every environment and the ledger; whoever goes on gets new ones."""
         while self.pool:
             self.pool.pop().close()
+        self.providers.close()
         env = self.__dict__.pop("env", None)
         if env is not None:
             env.close()
@@ -247,15 +245,17 @@ class Run:
                 shutil.rmtree(unfinished)  # another process was faster, and its is the same
         return AutoTokenizer.from_pretrained(folder)
 
-    def policy(self, name: str, sampling: SamplingConfig | None = None) -> Policy:
-        """The policy called ``name``."""
+    def policy(
+        self, name: str, sampling: SamplingConfig | None = None, role: str = "student"
+    ) -> Policy:
+        """The policy called ``name``; ``role`` is what a ledger books its calls as."""
         grammar = self.config.prompt.grammar
         if name == "expert":
             return ExpertPolicy(grammar)
         if name == "random":
             return RandomPolicy(grammar)
         if isinstance(self.config.models.get(name), ApiModel):
-            return self.chatting(name, sampling)
+            return self.chatting(name, sampling, role)
         return self.acting(self.model(name), sampling)
 
     def chatting(
@@ -266,55 +266,8 @@ class Run:
         assert isinstance(config, ApiModel)
         wording = Wording(self.config.prompt, self.env.instruction)
         chosen = Sampling(**(sampling or self.config.sampling).model_dump())
-        engine = self.remote(name).in_role(role)
+        engine = self.providers.engine(name).in_role(role)
         return ChatPolicy(name, engine, wording, chosen, native_tools=config.native_tools)
-
-    def remote(self, name: str) -> LiteLLMEngine:
-        """The engine of a model behind an API: one for the run, so that its limits hold for all.
-
-        Raises:
-            ConfigError: its key is not set, or nobody knows its provider.
-            MissingExtraError: litellm is not installed.
-        """
-        from agentdistill.engines.litellm import LiteLLMEngine
-        from agentdistill.engines.patience import Patience
-
-        config = self.config.models[name]
-        assert isinstance(config, ApiModel)
-        if name not in self._remote:
-            self._remote[name] = LiteLLMEngine(
-                config.model,
-                name=name,
-                base_url=config.base_url,
-                key_env=config.key_env,
-                concurrency=config.concurrency,
-                timeout=config.timeout,
-                patience=Patience(config.retries, budget=config.retry_budget),
-                ledger=self.ledger,
-                answers=self.answers,
-            )
-        return self._remote[name]
-
-    def prices(self) -> dict[str, Price]:
-        """What the configuration says that models behind an API cost, for a ledger.
-
-        Raises:
-            ConfigError: two entries give one model different prices.
-        """
-        found: dict[str, Price] = {}
-        for name, config in self.config.models.items():
-            if not isinstance(config, ApiModel) or config.price is None:
-                continue
-            said = config.price
-            write, read = (
-                said.input if part is None else part for part in (said.cache_write, said.cache_read)
-            )
-            price = Price(said.input, write, read, said.output)
-            if found.setdefault(config.model, price) != price:
-                raise ConfigError(
-                    f"{config.model} has another price elsewhere", key=f"models.{name}.price"
-                )
-        return found
 
     def acting(self, loaded: Loaded, sampling: SamplingConfig | None = None) -> ModelPolicy:
         """``loaded`` as a policy."""

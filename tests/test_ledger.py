@@ -93,7 +93,7 @@ def test_long_prompts_have_a_price_of_their_own() -> None:
 def test_what_is_no_price_or_limit_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"price\.output"):
         Price(Decimal(1), Decimal(1), Decimal(1), value)
-    with pytest.raises(ConfigError, match=r"limits\.tokens"):
+    with pytest.raises(ConfigError, match=r"budget\.tokens"):
         SpendLimits(tokens=value)
 
 
@@ -171,12 +171,12 @@ def test_the_call_that_would_break_a_limit_is_not_made(limits: dict[str, Any], f
     full = Usage(cache_write=1000, output=100)
     paid(ledger, fit, usage=full)
     (name,) = limits
-    with pytest.raises(BudgetError, match=rf"^limits\.{name}=\S+: .*raise that limit") as caught:
+    with pytest.raises(BudgetError, match=rf"^budget\.{name}=\S+: .*raise that limit") as caught:
         paid(ledger)
     assert ledger.total.calls == fit
     assert caught.value.exit_code == 6
     again = pickle.loads(pickle.dumps(caught.value))
-    assert (str(again), again.limit) == (str(caught.value), f"limits.{name}")
+    assert (str(again), again.limit) == (str(caught.value), f"budget.{name}")
 
 
 def test_a_call_that_may_fit_later_waits_and_one_that_cannot_is_refused() -> None:
@@ -195,7 +195,7 @@ def test_a_call_that_may_fit_later_waits_and_one_that_cannot_is_refused() -> Non
                 group.create_task(one(name, 0.02 if name < "d" else 0.0))
             await asyncio.sleep(0.005)
             assert order == ["a", "b", "c"]
-            with pytest.raises(BudgetError, match=r"limits\.money"):
+            with pytest.raises(BudgetError, match=r"budget\.money"):
                 async with ledger.call("teacher", MODEL, Usage(input=10**6)):
                     raise AssertionError("this was sent")
 
@@ -224,7 +224,7 @@ def test_a_call_in_flight_counts_as_a_call_whatever_becomes_of_it() -> None:
     async def main() -> None:
         first = asyncio.create_task(hang(ledger))
         await asyncio.sleep(0)
-        with pytest.raises(BudgetError, match=r"limits\.calls=1: 1 are spent"):
+        with pytest.raises(BudgetError, match=r"budget\.calls=1: 1 are spent"):
             await asyncio.wait_for(pay(ledger), 5)
         first.cancel()
 
@@ -386,7 +386,7 @@ def test_wall_time_ends_a_call_in_flight() -> None:
     ledger = Ledger(None, SpendLimits(wall_seconds=0.05), KNOWN)
 
     started = time.monotonic()
-    with pytest.raises(BudgetError, match=r"limits\.wall_seconds=0\.05: it ran out"):
+    with pytest.raises(BudgetError, match=r"budget\.wall_seconds=0\.05: it ran out"):
         asyncio.run(hang(ledger))
     assert time.monotonic() - started < 5
     assert ledger.total.failures == 1
@@ -574,7 +574,7 @@ def test_a_killed_process_leaves_a_ledger_that_goes_on(tmp_path: Path) -> None:
         os.kill(worker.pid, signal.SIGKILL)
         worker.communicate()
         paid(ledger, usage=Usage(cache_write=1000, output=100))
-        with pytest.raises(BudgetError, match=r"limits\.money"):
+        with pytest.raises(BudgetError, match=r"budget\.money"):
             paid(ledger)
     entries = read(tmp_path)
     lost = [entry for entry in entries if entry.error == "process died"]
@@ -594,7 +594,7 @@ def test_a_process_that_died_before_any_line(tmp_path: Path) -> None:
     worker.communicate()
     with Ledger(path, SpendLimits(money=WORST), KNOWN) as ledger:
         for _ in range(2):
-            with pytest.raises(BudgetError, match=r"limits\.money"):
+            with pytest.raises(BudgetError, match=r"budget\.money"):
                 paid(ledger)
     assert [entry.error for entry in read(tmp_path)] == ["process died"]
 

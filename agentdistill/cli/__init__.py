@@ -10,6 +10,7 @@ import sys
 
 from agentdistill.cli import (
     compare,
+    cost,
     data,
     diagnose,
     importing,
@@ -23,8 +24,8 @@ from agentdistill.cli import (
 from agentdistill.cli.base import app
 
 __all__ = [
-    "app", "compare", "data", "diagnose", "importing", "lists", "main", "panels", "plan", "report",
-    "runs", "setup",
+    "app", "compare", "cost", "data", "diagnose", "importing", "lists", "main", "panels", "plan",
+    "report", "runs", "setup",
 ]  # fmt: skip
 
 

@@ -1,11 +1,10 @@
 """The one configuration object: everything a run does, checked before it starts.
 
 ``schema.py`` has the sections, ``prompts.py`` how episodes are shown, ``api.py`` models behind an
-API, ``loading.py`` the way from a
-file to the object.
+API and what they may cost, ``loading.py`` the way from a file to the object.
 """
 
-from agentdistill.config.api import ApiModel, PriceConfig
+from agentdistill.config.api import ApiModel, BudgetConfig, PriceConfig
 from agentdistill.config.loading import load, read
 from agentdistill.config.prompts import PROMPTS, PromptConfig, Section, prompt
 from agentdistill.config.schema import (
@@ -32,6 +31,7 @@ __all__ = [
     "PROMPTS",
     "ApiModel",
     "Beta",
+    "BudgetConfig",
     "CollectStage",
     "EnvConfig",
     "EvaluateConfig",

@@ -31,6 +31,25 @@ class PriceConfig(Section):
     """Answered tokens, thoughts included."""
 
 
+class BudgetConfig(Section):
+    """What a run may take from providers in all, before it stops; None is no limit.
+
+    A limit holds before the call that would break it. The run keeps what it has paid for: raise
+    the limit, repeat the command, and no answer is paid twice.
+    """
+
+    money: Decimal | None = Field(None, ge=0)
+    """In the currency of the prices; every model that is called then needs one."""
+    tokens: int | None = Field(None, ge=0)
+    """Of prompts and answers together."""
+    calls: int | None = Field(None, ge=0)
+    """Requests, each retry counted."""
+    wall_seconds: float | None = Field(None, ge=0)
+    """How long the run may go on, over restarts."""
+    working_seconds: float | None = Field(None, ge=0)
+    """Sum over calls, without waits for the provider (rate limits, pauses before retries)."""
+
+
 class ApiModel(Section):
     """A model behind an API, by text alone; it acts and is not trained."""
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from agentdistill.config.api import ApiModel
+from agentdistill.config.api import ApiModel, BudgetConfig
 from agentdistill.config.prompts import PROMPTS, PromptConfig, Section, prompt
 from agentdistill.errors import ConfigError
 from agentdistill.records import digest
@@ -133,6 +133,8 @@ class CollectStage(Section):
     """Drop episodes that pass through a start state of a held-out task."""
     batch: int = Field(64, ge=1)
     """Episodes played at once; also one commit."""
+    max_fault_rate: float = Field(0.2, ge=0, le=1)
+    """Stop when more episodes than this share of a batch ended in a fault."""
     first_thought: bool = False
     """Ask the model for a step-by-step answer first, and put its beginning into its mouth as the
     opening of the first response (agent-distillation, arXiv 2505.17612)."""
@@ -260,6 +262,8 @@ class RunConfig(Section):
     stages: list[StageConfig] = Field(default_factory=list)
     evaluate: EvaluateConfig = EvaluateConfig()
     limits: LimitsConfig = LimitsConfig()
+    budget: BudgetConfig = BudgetConfig()
+    """Of the whole run, for models behind an API; ``limits`` are those of one episode."""
     concurrency: int = Field(256, ge=1)
     """Episodes played at once while training."""
     threads: int = Field(1, ge=1)
@@ -322,9 +326,14 @@ class RunConfig(Section):
     def fingerprint(self) -> str:
         """Identity of what the run computes (not of where it is written).
 
-        Defaults are left out, so that a key that is new in a later version changes no run.
+        Defaults are left out, so that a key that is new in a later version changes no run; so is
+        what a provider is paid and how it is reached, so that a run can go on with more.
         """
-        exclude = {"output", "name", "workers"}
+        paid = {"key_env", "concurrency", "timeout", "retries", "retry_budget", "price"}
+        exclude: dict[str, Any] = dict.fromkeys(("output", "name", "workers", "budget"), True)
+        exclude["models"] = {
+            name: paid for name, model in self.models.items() if isinstance(model, ApiModel)
+        }
         return digest(self.model_dump(mode="json", exclude=exclude, exclude_defaults=True))
 
     def stage(self, name: str) -> StageConfig:

@@ -236,7 +236,7 @@ class LiteLLMEngine(Engine):
         async with (await self._turns()).gate:
             waited, tried = await self._patience.ready(), 0
             while True:
-                found = await self._once(payload, messages, most, waited, tried)
+                found = await self._once(payload, messages, most, waited, int(tried > 0))
                 tried += 1
                 if isinstance(found, Reply):
                     return found
@@ -250,12 +250,12 @@ class LiteLLMEngine(Engine):
         messages: Sequence[Message],
         most: Usage,
         waited: float,
-        tried: int,
+        retries: int,
     ) -> Reply | Failure:
         """Send one request, and book it."""
         began = time.monotonic()
         async with self._booked(most) as call:
-            book = partial(_book, call, began=began, waited=waited, retries=tried)
+            book = partial(_book, call, began=began, waited=waited, retries=retries)
             ours = OURS.set(True)
             try:
                 async with asyncio.timeout(self._timeout):
@@ -326,6 +326,7 @@ def _book(
     if call is None:
         return
     if usage is None:
+        call.waited, call.retries = waited, retries
         call.fail(error or "no answer")
         return
     seconds = waited + time.monotonic() - began
