@@ -89,6 +89,10 @@ class Experience:
         tasks = {t.task.key: t.task for t in self.context.episodes(self.stage.guide)}
         return TaskStream.of_list(list(tasks.values()), self.seed)
 
+    def follow(self, axes: Axes) -> None:
+        """Go on at ``axes``, whose schedules may have moved any number."""
+        self.axes = axes
+
     # -- one iteration ----------------------------------------------------------------------------
 
     def plays(self, n: int) -> bool:

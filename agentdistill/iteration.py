@@ -147,7 +147,8 @@ class Training:
         """Generate, score, update, commit."""
         clock = _Clock()
         values = {key: c.value(self._progress()) for key, c in self.controllers.items()}
-        axes = self.experience.axes = self.axes.at(values)
+        axes = self.axes.at(values)
+        self.experience.follow(axes)
         self.judges.follow(axes)
         self.judges.before(n)
         trajectories, shards = self.experience.of(n)
