@@ -77,6 +77,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "litellm-7.8.9.dist-info").mkdir()
     facts = "Metadata-Version: 2.1\nName: litellm\nVersion: 7.8.9\n"
     (tmp_path / "litellm-7.8.9.dist-info" / "METADATA").write_text(facts)
+    monkeypatch.delitem(sys.modules, "litellm", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     prices_module._litellm.cache_clear()
     yield
