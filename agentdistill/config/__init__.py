@@ -1,8 +1,7 @@
 """The one configuration object: everything a run does, checked before it starts.
 
 ``schema.py`` has the sections, ``prompts.py`` how episodes are shown, ``api.py`` models behind an
-API, ``loading.py`` the way from a
-file to the object.
+API, ``servers.py`` vLLM servers, ``loading.py`` the way from a file to the object.
 """
 
 from agentdistill.config.api import ApiModel, PriceConfig
@@ -27,6 +26,7 @@ from agentdistill.config.schema import (
     TokenizerConfig,
     TrainStage,
 )
+from agentdistill.config.servers import ServerConfig, VllmModel
 
 __all__ = [
     "PROMPTS",
@@ -46,11 +46,13 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "Section",
+    "ServerConfig",
     "StageConfig",
     "StageName",
     "TinyModel",
     "TokenizerConfig",
     "TrainStage",
+    "VllmModel",
     "load",
     "prompt",
     "read",
