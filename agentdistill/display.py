@@ -290,6 +290,11 @@ class Progress(Callback):
         self.left.discard(stage.name)
         return self.evaluation and not self.left
 
+    def on_probe(self, lines: Sequence[str]) -> None:
+        """One line each."""
+        for line in lines:
+            self.say(line)
+
     def on_stage_start(self, stage: StageConfig, folder: Path, iteration: int) -> None:
         """One line."""
         self.say(

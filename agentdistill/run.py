@@ -47,6 +47,7 @@ from agentdistill.ledger import Price
 from agentdistill.policy import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, derive_seed
 from agentdistill.records import Trajectory
 from agentdistill.render import Renderer
+from agentdistill.rollout import run as wait
 from agentdistill.store import Store
 from agentdistill.wording import Wording
 
@@ -108,9 +109,12 @@ class Run:
         self.answers: RequestCache | None = None
         self._remote: dict[str, LiteLLMEngine] = {}
         self._voices: dict[str, Voice] = {}
+        self._served: list[Engine] = []
 
     def close(self) -> None:
-        """Close every environment; whoever goes on gets new ones."""
+        """Close every environment, and take back what servers were given."""
+        while self._served:
+            wait(self._served.pop().close())
         while self.pool:
             self.pool.pop().close()
         env = self.__dict__.pop("env", None)
@@ -214,6 +218,7 @@ class Run:
         if (server := getattr(self.config.models[key], "server", None)) is not None:
             place, probe = f"models.{key}.server", renderer.alone("?")
             engine = serve(server, here, model, tokenizer, key=place, probe=probe)
+            self._served.append(engine)
         return Loaded(name=name, model=model, tokenizer=tokenizer, renderer=renderer, engine=engine)
 
     def voice(self, name: str) -> Voice:

@@ -16,6 +16,7 @@ from agentdistill.cli import (
     lists,
     panels,
     plan,
+    probe,
     report,
     runs,
     setup,
@@ -23,8 +24,8 @@ from agentdistill.cli import (
 from agentdistill.cli.base import app
 
 __all__ = [
-    "app", "compare", "data", "diagnose", "importing", "lists", "main", "panels", "plan", "report",
-    "runs", "setup",
+    "app", "compare", "data", "diagnose", "importing", "lists", "main", "panels", "plan", "probe",
+    "report", "runs", "setup",
 ]  # fmt: skip
 
 

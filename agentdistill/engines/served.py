@@ -17,6 +17,7 @@ import shutil
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,8 @@ class ByAdapter(Courier):
 
     def close(self) -> None:
         """Unload it, too."""
-        self._drop()
+        with suppress(ServerError):  # a server that is gone has nothing to unload
+            self._drop()
         super().close()
 
     def _drop(self) -> None:

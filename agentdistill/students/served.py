@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from agentdistill.engines.hf import HFEngine
+    from agentdistill.run import Loaded
 
 
 def serve(
@@ -73,6 +74,22 @@ def serve(
         ready=config.ready,
         remedy=f"start it ({' '.join(command('FOLDER', adapted=adapted))})",
     )
+
+
+def write_folder(loaded: Loaded, folder: Path) -> list[str]:
+    """Write what a server of ``loaded`` is started from; return the words of the command.
+
+    Of a model with adapters that is its base.
+    """
+    model = loaded.model
+    adapted = hasattr(model, "peft_config")
+    if adapted:
+        model = model.unload()  # type: ignore[operator]
+        model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+    else:
+        local.save_served(model, loaded.tokenizer, folder)
+    return command(str(folder), adapted=adapted)
 
 
 def command(folder: str, *, adapted: bool) -> list[str]:
