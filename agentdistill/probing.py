@@ -23,7 +23,6 @@ from agentdistill.rollout import run as wait
 from agentdistill.run import Run
 from agentdistill.students.local import tokenizer_of
 
-
 _ASKED = ("policy", "model", "teacher", "analyser")
 """Keys of a stage that name somebody who is asked."""
 
@@ -61,8 +60,8 @@ def probe(the_run: Run, names: Sequence[str], *, ask: bool = False) -> list[Repo
 def _one(the_run: Run, name: str, ask: bool) -> Report:
     config = the_run.config.models.get(name)
     if isinstance(config, ApiModel):
-        engine = the_run.remote(name).in_role("teacher")
-        return wait(by_text(engine, name, f"api ({config.model})", ask=ask))
+        provider = the_run.remote(name).in_role("teacher")
+        return wait(by_text(provider, name, f"api ({config.model})", ask=ask))
     voice = the_run.voice(name)
     engine = voice.engine
     engine.wake()

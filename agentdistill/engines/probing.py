@@ -20,6 +20,9 @@ from agentdistill.errors import EngineError
 from agentdistill.records import FloatArray
 
 REPEATS = 3
+TEXT = "You are in the kitchen. 17 apples\n  go to desk 3; \u00fcber"
+"""Words, numbers, spaces and a letter that is no ASCII."""
+
 CLOSE = 1e-3
 """Nats by which two scorings of the same ids may differ: rounding, not another context."""
 
@@ -91,6 +94,11 @@ async def by_ids(engine: Engine, prompt: Sequence[int], name: str, kind: str) ->
         report = replace(report, able=able, repeat=repeat, agree=agree)
     if isinstance(engine, VLLMEngine):
         engine.top_k = report.able.top_k
+        if not await engine.reads_alike(TEXT):
+            raise EngineError(
+                f"{name}: {engine.endpoint.url} makes other ids of the same text than the "
+                "tokenizer that is configured here; name the folder that is served"
+            )
     if promised.text:
         report = replace(report, able=replace(report.able, text=await _chats(engine)))
     return replace(report, seconds=round(time.monotonic() - began, 3))

@@ -164,6 +164,16 @@ class VLLMEngine(Engine):
         scaled = sampling.temperature not in (0.0, 1.0)
         return answers.sample(answer, prompt, self._decode, self.stop_ids, version, scaled)
 
+    async def reads_alike(self, text: str) -> bool:
+        """Whether the server's tokenizer makes the same ids of ``text`` as ours.
+
+        Nothing else here asks it; ids of another vocabulary would mean other words.
+        """
+        self.connect()
+        asked = {"model": self.model, "prompt": text, "add_special_tokens": False}
+        theirs = (await self.endpoint.ask("/tokenize", asked)).get("tokens")
+        return theirs == list(self._tokenizer.encode(text, add_special_tokens=False))
+
     def wake(self) -> None:
         """Be sure that the server is there."""
         self.connect()
