@@ -21,6 +21,9 @@ from agentdistill.files import refusing, write_text
 class Callback:
     """Override what you need; everything does nothing by default."""
 
+    def on_probe(self, lines: Sequence[str]) -> None:
+        """What models on servers and behind APIs were found to give, a line each."""
+
     def on_stage_start(self, stage: StageConfig, folder: Path, iteration: int) -> None:
         """``stage`` begins (or goes on) at ``iteration``; its files are in ``folder``."""
 
@@ -49,6 +52,11 @@ class Callbacks(Callback):
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         """Call all of ``callbacks``, in order."""
         self._callbacks = callbacks
+
+    def on_probe(self, lines: Sequence[str]) -> None:
+        """Tell everybody."""
+        for callback in self._callbacks:
+            callback.on_probe(lines)
 
     def on_stage_start(self, stage: StageConfig, folder: Path, iteration: int) -> None:
         """Tell everybody."""

@@ -25,7 +25,7 @@ from agentdistill.store import ShardRef, Store
 from agentdistill.tasks import TaskStream, recorded
 
 if TYPE_CHECKING:
-    from agentdistill.run import Loaded, Run
+    from agentdistill.run import Loaded, Run, Voice
 
 Notes = Callable[[Sequence[Trajectory], int], list[str | None]]
 """(trajectories, iteration) → the note about each, None where none can be written."""
@@ -40,7 +40,7 @@ class Experience:
         stage: TrainStage,
         axes: Axes,
         student: Loaded,
-        teacher: Loaded | None,
+        teacher: Voice | None,
         store: Store,
         notes: Notes,
     ) -> None:
@@ -204,7 +204,7 @@ class Experience:
         return Start(chosen, f"{self.stage.guide}/{guide.id}"), expected, found.horizon
 
     @property
-    def _actor(self) -> Loaded:
+    def _actor(self) -> Voice:
         taught = self.axes.actor == "teacher" and self.teacher is not None
         return self.teacher if taught and self.teacher else self.student
 

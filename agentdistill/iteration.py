@@ -61,7 +61,7 @@ class Training:
         self.seed = derive_seed(the_run.config.seed, "stage", stage.name)
         self.student = the_run.model(stage.init or stage.model)
         self.student.name = self.student.engine.name = stage.name
-        self.teacher = the_run.model(stage.teacher) if stage.teacher else None
+        self.teacher = the_run.voice(stage.teacher) if stage.teacher else None
         guide = by_task(the_run.episodes(stage.guide)) if stage.guide else {}
         self.judges = Judges(the_run, stage, self.axes, self.student, self.teacher, guide)
         if self.judges.skills is not None and stage.data is not None:

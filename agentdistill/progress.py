@@ -7,7 +7,7 @@ of a stage, so that a log can be searched. rich is imported when something is dr
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -49,6 +49,11 @@ class Progress(Callback):
         """Note the end of ``stage``; whether only the evaluation is left now."""
         self.left.discard(stage.name)
         return self.evaluation and not self.left
+
+    def on_probe(self, lines: Sequence[str]) -> None:
+        """One line each."""
+        for line in lines:
+            self.say(line)
 
     def on_stage_start(self, stage: StageConfig, folder: Path, iteration: int) -> None:
         """One line."""

@@ -127,11 +127,24 @@ def execute(
         jobs = _jobs(the_run, only)
         if jobs and any(isinstance(stage, TrainStage) for stage in config.stages):
             _prepare_torch(the_run)
+        _probe(the_run, jobs, Callbacks(callbacks))
         runner = _in_processes if config.workers > 1 and len(jobs) > 1 else _one_by_one
         runner(the_run, jobs, Callbacks(callbacks))
         stages = {s.name: summary for s in config.stages if (summary := the_run.done(s.name))}
         results = () if only else _results(the_run)
     return Outcome(the_run.path, stages, results)
+
+
+def _probe(the_run: Run, jobs: Sequence[Job], callback: Callback) -> None:
+    """Find out what models elsewhere can do, before anything is spent."""
+    from agentdistill import probing
+
+    if jobs and probing.elsewhere(the_run.config):
+        stages = [job.name for job in jobs if job.stage is not None]
+        reports = probing.at_start(the_run, stages)
+        found = json.dumps([report.to_json() for report in reports], indent=1)
+        write_text(the_run.path / "probe.json", found)
+        callback.on_probe([probing.line(report) for report in reports])
 
 
 def _prepare_torch(the_run: Run) -> None:

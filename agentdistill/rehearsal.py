@@ -19,6 +19,7 @@ from agentdistill.config import (
     StageConfig,
     TinyModel,
     TokenizerConfig,
+    VllmModel,
     load,
 )
 
@@ -127,6 +128,8 @@ def _facts(config: RunConfig) -> dict[str, Any]:
 def _source(model: ModelConfig) -> str:
     if isinstance(model, TinyModel):
         return "a random model"
+    if isinstance(model, VllmModel):
+        return model.base_url
     return model.path if isinstance(model, LocalModel) else model.model
 
 

@@ -36,9 +36,10 @@ from agentdistill.config import (
     SamplingConfig,
     TinyModel,
     TrainStage,
+    VllmModel,
     load,
 )
-from agentdistill.engines.base import Sampling
+from agentdistill.engines.base import Engine, Sampling
 from agentdistill.envs.base import TextEnv
 from agentdistill.envs.make import make
 from agentdistill.errors import ConfigError, MissingExtraError
@@ -47,13 +48,12 @@ from agentdistill.policy import ExpertPolicy, ModelPolicy, Policy, RandomPolicy,
 from agentdistill.providers import Providers
 from agentdistill.records import Trajectory
 from agentdistill.render import Renderer
+from agentdistill.rollout import run as wait
 from agentdistill.store import Store
 from agentdistill.wording import Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from agentdistill.engines.hf import HFEngine
 
 
 def need_torch(feature: str) -> None:
@@ -77,15 +77,21 @@ def seeded(seed: int, device: Any = None) -> Iterator[None]:
         yield
 
 
-@dataclass(slots=True, eq=False)
-class Loaded:
-    """A model that is ready to act, to be scored and to be trained."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class Voice:
+    """A model that acts and scores by token ids, wherever its weights are."""
 
     name: str
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
-    engine: HFEngine
+    engine: Engine
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Loaded(Voice):
+    """A model whose weights are here: it can be trained, and scored in whole distributions."""
+
+    model: PreTrainedModel
 
 
 class Run:
@@ -98,9 +104,13 @@ class Run:
         """Environments that wait for the next rollout."""
         self.providers = Providers(config)
         """Models behind an API, and what they were paid."""
+        self._voices: dict[str, Voice] = {}
+        self._served: list[Engine] = []
 
     def close(self) -> None:
-        """Close every environment and the ledger; whoever goes on gets new ones."""
+        """Close environments and ledger, and take back what servers were given."""
+        while self._served:
+            wait(self._served.pop().close())
         while self.pool:
             self.pool.pop().close()
         self.providers.close()
@@ -189,6 +199,7 @@ class Run:
 
         from agentdistill.engines.hf import HFEngine
         from agentdistill.students.local import load_weights
+        from agentdistill.students.served import serve
 
         torch.set_num_threads(self.config.threads)
         stage = next((s for s in self.config.stages if s.name == name), None)
@@ -200,7 +211,37 @@ class Run:
                 raise ConfigError("this stage has no trained model yet", key="stage", value=name)
             load_weights(model, folder)
         renderer = Renderer(tokenizer, self.config.prompt, self.env.instruction)
-        return Loaded(name, model, tokenizer, renderer, HFEngine(model, tokenizer, name=name))
+        engine: Engine = (here := HFEngine(model, tokenizer, name=name))
+        if (server := getattr(self.config.models[key], "server", None)) is not None:
+            place, probe = f"models.{key}.server", renderer.alone("?")
+            engine = serve(server, here, model, tokenizer, key=place, probe=probe)
+            self._served.append(engine)
+        return Loaded(name=name, model=model, tokenizer=tokenizer, renderer=renderer, engine=engine)
+
+    def voice(self, name: str) -> Voice:
+        """The model or train stage called ``name``, in this process or on a server."""
+        config = self.config.models.get(name)
+        if not isinstance(config, VllmModel):
+            return self.model(name)
+        if name not in self._voices:
+            from agentdistill.engines import vllm
+            from agentdistill.students.local import tokenizer_of
+
+            need_torch("a model")
+            tokenizer = tokenizer_of(config.tokenizer)
+            engine = vllm.VLLMEngine(
+                vllm.reach(config, f"models.{name}"),
+                tokenizer,
+                name=name,
+                served=config.served,
+                top_k=config.top_k,
+                ready=config.ready,
+            )
+            renderer = Renderer(tokenizer, self.config.prompt, self.env.instruction)
+            self._voices[name] = Voice(
+                name=name, tokenizer=tokenizer, renderer=renderer, engine=engine
+            )
+        return self._voices[name]
 
     def _fresh(self, key: str) -> tuple[PreTrainedModel, Any]:
         from agentdistill.students import local, tiny
@@ -209,9 +250,9 @@ class Run:
             known = ", ".join(self.config.models)
             raise ConfigError(f"no such model; known: {known}", key="models", value=key)
         config = self.config.models[key]
-        if isinstance(config, ApiModel):
+        if isinstance(config, ApiModel | VllmModel):
             raise ConfigError(
-                "answers in text over an API: it has no weights here, and cannot score tokens",
+                "has no weights here: name a tiny or local model, or a train stage",
                 key=f"models.{key}.kind",
                 value=config.kind,
             )
@@ -256,7 +297,7 @@ class Run:
             return RandomPolicy(grammar)
         if isinstance(self.config.models.get(name), ApiModel):
             return self.chatting(name, sampling, role)
-        return self.acting(self.model(name), sampling)
+        return self.acting(self.voice(name), sampling)
 
     def chatting(
         self, name: str, sampling: SamplingConfig | None = None, role: str = "student"
@@ -269,8 +310,9 @@ class Run:
         engine = self.providers.engine(name).in_role(role)
         return ChatPolicy(name, engine, wording, chosen, native_tools=config.native_tools)
 
-    def acting(self, loaded: Loaded, sampling: SamplingConfig | None = None) -> ModelPolicy:
-        """``loaded`` as a policy."""
+    def acting(self, loaded: Voice, sampling: SamplingConfig | None = None) -> ModelPolicy:
+        """``loaded`` as a policy, with the weights that it has now."""
+        loaded.engine.wake()
         chosen = Sampling(**(sampling or self.config.sampling).model_dump())
         return ModelPolicy(loaded.name, loaded.engine, loaded.renderer, chosen)
 

@@ -17,6 +17,7 @@ from agentdistill.cli import (
     lists,
     panels,
     plan,
+    probe,
     report,
     runs,
     setup,
@@ -25,7 +26,7 @@ from agentdistill.cli.base import app
 
 __all__ = [
     "app", "compare", "cost", "data", "diagnose", "importing", "lists", "main", "panels", "plan",
-    "report", "runs", "setup",
+    "probe", "report", "runs", "setup",
 ]  # fmt: skip
 
 

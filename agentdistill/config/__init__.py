@@ -1,7 +1,8 @@
 """The one configuration object: everything a run does, checked before it starts.
 
 ``schema.py`` has the sections, ``prompts.py`` how episodes are shown, ``api.py`` models behind an
-API and what they may cost, ``loading.py`` the way from a file to the object.
+API and what they may cost, ``servers.py`` vLLM servers, ``loading.py`` the way from a file to the
+object.
 """
 
 from agentdistill.config.api import ApiModel, BudgetConfig, PriceConfig
@@ -26,6 +27,7 @@ from agentdistill.config.schema import (
     TokenizerConfig,
     TrainStage,
 )
+from agentdistill.config.servers import ServerConfig, VllmModel
 
 __all__ = [
     "PROMPTS",
@@ -46,11 +48,13 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "Section",
+    "ServerConfig",
     "StageConfig",
     "StageName",
     "TinyModel",
     "TokenizerConfig",
     "TrainStage",
+    "VllmModel",
     "load",
     "prompt",
     "read",

@@ -14,6 +14,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from agentdistill.config.api import ApiModel, BudgetConfig
 from agentdistill.config.prompts import PROMPTS, PromptConfig, Section, prompt
+from agentdistill.config.servers import ServerConfig, VllmModel
 from agentdistill.errors import ConfigError
 from agentdistill.records import digest
 
@@ -70,6 +71,8 @@ class TinyModel(Section):
     """None takes three times ``hidden``."""
     init_std: float = Field(0.05, gt=0)
     tokenizer: TokenizerConfig = TokenizerConfig()
+    server: ServerConfig | None = None
+    """Where its responses are drawn; None: in this process."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyModel:
@@ -94,6 +97,8 @@ class LocalModel(Section):
     lora: LoraConfig | None = None
     """None trains all weights."""
     revision: str | None = None
+    server: ServerConfig | None = None
+    """Where its responses are drawn; None: in this process."""
 
 
 def _tag(key: str, default: str) -> Discriminator:
@@ -108,7 +113,8 @@ def _tag(key: str, default: str) -> Discriminator:
 ModelConfig = Annotated[
     Annotated[TinyModel, Tag("tiny")]
     | Annotated[LocalModel, Tag("local")]
-    | Annotated[ApiModel, Tag("api")],
+    | Annotated[ApiModel, Tag("api")]
+    | Annotated[VllmModel, Tag("vllm")],
     _tag("kind", "tiny"),
 ]
 
@@ -296,6 +302,7 @@ class RunConfig(Section):
                 if stage.init is not None:
                     self._same_model(stage, self.stage(stage.init))
             seen[stage.name] = stage.do
+        self._one_at_a_time()
         for policy in self.evaluate.policies:
             _known("evaluate.policies", policy, seen, ("model", "train", "built-in"))
         return self
@@ -303,10 +310,21 @@ class RunConfig(Section):
     def _has_weights(self, stage: TrainStage) -> None:
         for key in ("model", "base"):
             name = getattr(stage, key)
-            if isinstance(self.models.get(name), ApiModel):
+            if isinstance(self.models.get(name), ApiModel | VllmModel):
                 raise ValueError(
-                    f"stages.{stage.name}.{key}={name!r}: a model behind an API has no weights "
-                    "here; name a tiny or local one"
+                    f"stages.{stage.name}.{key}={name!r}: a model behind an API or on a server has "
+                    "no weights here; name a tiny or local one"
+                )
+
+    def _one_at_a_time(self) -> None:
+        """A server that takes whole weights has one set of them: one process uses it."""
+        for name, model in self.models.items():
+            server = getattr(model, "server", None)
+            whole = server is not None and server.weights != "lora"
+            if whole and getattr(model, "lora", None) is None and self.workers > 1:
+                raise ValueError(
+                    f"workers={self.workers}: the server of models.{name} has one set of weights, "
+                    "which two processes would take from each other; set workers: 1"
                 )
 
     def _same_model(self, stage: TrainStage, init: StageConfig) -> None:
