@@ -127,8 +127,8 @@ def evaluate(
 
     loaded = load(config, overrides)
     section = loaded.evaluate.model_copy(update={"policies": [policy]})
-    known = modes(policy, section)
-    how = known[0] if known == ["-"] else mode
+    known = modes(policy, loaded)
+    how = known[0] if known == ["-"] or policy in loaded.policies else mode
     with validate(loaded.model_copy(update={"evaluate": section})) as the_run:
         return play(the_run, policy, how, section, Callbacks(callbacks))
 

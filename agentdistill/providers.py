@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from agentdistill.config import ApiModel, PriceConfig, RunConfig
+from agentdistill.config import ApiModel, RunConfig, TrainStage
 from agentdistill.errors import ConfigError
 from agentdistill.ledger import Ledger, Price, SpendLimits
 from agentdistill.prices import Prices
@@ -113,18 +113,24 @@ class Providers:
         for name, config in self._config.models.items():
             if not isinstance(config, ApiModel) or (config.base_url, config.price) == (None, None):
                 continue
-            price = _price(config.price)
+            price = config.price.price() if config.price else None
             if found.setdefault(config.model, price) != price:
                 raise ConfigError(
                     f"{config.model} has another price elsewhere", key=f"models.{name}.price"
                 )
         return found
 
+    def price(self, name: str) -> Price | None:
+        """What the model or train stage ``name`` costs; None where nobody said.
 
-def _price(said: PriceConfig | None) -> Price | None:
-    if said is None:
-        return None
-    write, read = (
-        said.input if part is None else part for part in (said.cache_write, said.cache_read)
-    )
-    return Price(said.input, write, read, said.output)
+        Only models behind an API have a price without one in the configuration: litellm's.
+        """
+        stage = next((s for s in self._config.stages if s.name == name), None)
+        key = stage.model if isinstance(stage, TrainStage) else name
+        config = self._config.models.get(key)
+        if config is None:
+            return None
+        if config.price is not None:
+            return config.price.price()
+        found = Prices(self.prices()).find(config.model) if isinstance(config, ApiModel) else None
+        return found.price if found else None

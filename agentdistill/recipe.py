@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +91,24 @@ def validate(config: RunConfig) -> Run:
         if config.evaluate.panel is None and card.split(config.evaluate.split) not in known:
             _unknown_split("evaluate.split", config.evaluate.split, known)
         of_config(config, config.evaluate, the_run.env)
-        if any(
-            policy not in ("expert", "random")
-            and not isinstance(config.models.get(policy), ApiModel)
-            for policy in config.evaluate.policies
-        ):
+        if any(map(partial(_has_tokens, config), config.evaluate.policies)):
             need_torch("evaluating a model")
     _check_providers(the_run)
     return the_run
 
 
+def _has_tokens(config: RunConfig, policy: str) -> bool:
+    """Whether somebody in ``policy`` acts by token ids."""
+    stages = {stage.name for stage in config.stages if isinstance(stage, TrainStage)}
+    texts = {name for name, model in config.models.items() if isinstance(model, ApiModel)}
+    return bool(config.parts(policy) & ((stages | config.models.keys()) - texts))
+
+
 def _check_providers(the_run: Run) -> None:
     """Keys, providers and prices of the models behind an API that somebody names."""
     config = the_run.config
-    named = {*config.evaluate.policies, *(name for s in config.stages for name in _needs(s))}
+    named = {name for stage in config.stages for name in _needs(config, stage)}
+    named = named.union(*map(config.parts, config.evaluate.policies))
     for name, model in config.models.items():
         if isinstance(model, ApiModel) and name in named:
             the_run.providers.check(name)
@@ -176,23 +181,24 @@ def _jobs(the_run: Run, only: Sequence[str] | None) -> list[Job]:
     names = {stage.name for stage in config.stages}
     wanted = names if only is None else _closure(config, only)
     jobs = [
-        Job(stage.name, _needs(stage) & names, stage)
+        Job(stage.name, _needs(config, stage) & names, stage)
         for stage in config.stages
         if stage.name in wanted and the_run.done(stage.name) is None
     ]
     if only is None:
         for policy in dict.fromkeys(config.evaluate.policies):
             jobs += [
-                Job(policy, frozenset({policy} & names), None, mode)
-                for mode in modes(policy, config.evaluate)
+                Job(policy, config.parts(policy) & names, None, mode)
+                for mode in modes(policy, config)
                 if not _evaluation(the_run, policy, mode).exists()
             ]
     return jobs
 
 
-def _needs(stage: StageConfig) -> frozenset[str]:
+def _needs(config: RunConfig, stage: StageConfig) -> frozenset[str]:
     keys = ("policy", "init", "teacher", "data", "guide", "base", "analyser")
-    return frozenset(filter(None, (getattr(stage, key, None) for key in keys)))
+    named = filter(None, (getattr(stage, key, None) for key in keys))
+    return frozenset().union(*(config.parts(name) for name in named))
 
 
 def _closure(config: RunConfig, only: Sequence[str]) -> set[str]:
@@ -203,7 +209,7 @@ def _closure(config: RunConfig, only: Sequence[str]) -> set[str]:
         stage = open_.pop()
         wanted.add(stage.name)
         names = {s.name: s for s in config.stages}
-        open_ += [names[n] for n in _needs(stage) if n in names and n not in wanted]
+        open_ += [names[n] for n in _needs(config, stage) if n in names and n not in wanted]
     return wanted
 
 
@@ -231,9 +237,9 @@ def _evaluation(the_run: Run, policy: str, mode: str) -> Path:
 
 
 def _results(the_run: Run) -> tuple[Result, ...]:
-    config = the_run.config.evaluate
+    config = the_run.config
     found = []
-    for policy in dict.fromkeys(config.policies):
+    for policy in dict.fromkeys(config.evaluate.policies):
         for mode in modes(policy, config):
             text = _evaluation(the_run, policy, mode).read_text()
             found.append(Result.of_json(json.loads(text)))

@@ -31,6 +31,7 @@ import agentdistill
 from agentdistill.chat import ChatPolicy
 from agentdistill.config import (
     ApiModel,
+    CascadeConfig,
     LocalModel,
     RunConfig,
     SamplingConfig,
@@ -54,6 +55,8 @@ from agentdistill.wording import Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from agentdistill.cascade import CascadePolicy
 
 
 def need_torch(feature: str) -> None:
@@ -290,6 +293,8 @@ class Run:
         self, name: str, sampling: SamplingConfig | None = None, role: str = "student"
     ) -> Policy:
         """The policy called ``name``; ``role`` is what a ledger books its calls as."""
+        if name in self.config.policies:
+            return self.cascade(name, sampling)
         grammar = self.config.prompt.grammar
         if name == "expert":
             return ExpertPolicy(grammar)
@@ -298,6 +303,32 @@ class Run:
         if isinstance(self.config.models.get(name), ApiModel):
             return self.chatting(name, sampling, role)
         return self.acting(self.voice(name), sampling)
+
+    def cascade(
+        self,
+        name: str,
+        sampling: SamplingConfig | None = None,
+        said: CascadeConfig | None = None,
+    ) -> CascadePolicy:
+        """The cascade called ``name``, or what ``said`` makes of it.
+
+        Raises:
+            ConfigError: a part is missing, or the environment cannot do what it needs.
+        """
+        from agentdistill.cascade import of_config
+
+        said = said or self.config.policies[name]
+
+        def actor(name: str, role: str) -> Policy:
+            remote = isinstance(self.config.models.get(name), ApiModel)
+            return self.chatting(name, sampling, role) if remote else self.policy(name, sampling)
+
+        student = actor(said.student, "student")
+        teacher = actor(said.teacher, "teacher") if said.teacher else None
+        stages = [stage.name for stage in self.config.stages]
+        folder = self.folder(said.demos) if said.demos and said.demos in stages else None
+        card, grammar = self.env.card, self.config.prompt.grammar
+        return of_config(name, said, student, teacher, folder, card, grammar)
 
     def chatting(
         self, name: str, sampling: SamplingConfig | None = None, role: str = "student"

@@ -152,7 +152,7 @@ def _run(
     if outcome.results:
         table = display.rows(outcome.results, outcome.stages, labels)
         print()
-        display.show(display.COLUMNS, [row.cells() for row in table])
+        display.results(table)
         print("\n".join(display.notes(table, outcome.results, config)))
     print(f"run: {outcome.path} ({seconds:.1f} s)")
 
@@ -312,7 +312,7 @@ def evaluate(
     results = []
     with watch((), stderr=True) as progress:
         for name in dict.fromkeys(loaded.evaluate.policies):
-            for how in modes(name, loaded.evaluate):
+            for how in modes(name, loaded):
                 results.append(api.evaluate(loaded, name, how, callbacks=[progress]))
                 progress.say(f"{name}, {how}: {display.percent(results[-1].success)}")
     full = {"path": str(loaded.path), "results": [result.to_json() for result in results]}
@@ -327,5 +327,5 @@ def evaluate(
         return
     stages = {name: Run(loaded).done(name) or {} for name in loaded.evaluate.policies}
     table = display.rows(results, stages)
-    display.show(display.COLUMNS, [row.cells() for row in table])
+    display.results(table)
     print("\n".join(display.notes(table, results, loaded)))

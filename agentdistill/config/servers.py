@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from agentdistill.config.api import named_key
+from agentdistill.config.api import PriceConfig, named_key
 from agentdistill.config.prompts import Section
 
 _URL = r"^https?://[^\s@?#]+$"
@@ -39,6 +39,8 @@ class VllmModel(Section):
     """Tries after the first, where the connection breaks."""
     ready: float = Field(120.0, gt=0)
     """Seconds until the server must be ready."""
+    price: PriceConfig | None = None
+    """What it would cost behind an API, for results; None: it has no price."""
 
     @model_validator(mode="before")
     @classmethod
