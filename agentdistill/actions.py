@@ -226,14 +226,14 @@ def parse_calls(
         to_action: such as ``TextEnv.tool_action``.
         reasoning: the thought that came with the calls.
     """
-    read = [_call(call) for call in calls]
+    read = [read_call(call) for call in calls]
     actions = tuple(to_action(*call) for call in read if call is not None)
     if len(actions) < len(read):
         return Parsed((), Verdict.MALFORMED, reasoning)
     return Parsed(actions, Verdict.OK if actions else Verdict.MISSING, reasoning)
 
 
-def _call(call: Any) -> tuple[str, Mapping[str, Any]] | None:
+def read_call(call: Any) -> tuple[str, Mapping[str, Any]] | None:
     """Name and arguments of one tool call; None where it has none that can be read."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):

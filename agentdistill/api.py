@@ -126,8 +126,9 @@ def evaluate(
     loaded = load(config, overrides)
     section = loaded.evaluate.model_copy(update={"policies": [policy]})
     the_run = validate(loaded.model_copy(update={"evaluate": section}))
-    known = modes(policy, section)
-    return play(the_run, policy, known[0] if known == ["-"] else mode, section)
+    known = modes(policy, loaded)
+    only = known[0] if known == ["-"] or policy in loaded.policies else mode
+    return play(the_run, policy, only, section)
 
 
 def compare(

@@ -21,7 +21,7 @@ from typing import Any
 from agentdistill import actions
 from agentdistill.engines.base import Engine, Message, Sample, Sampling
 from agentdistill.errors import ConfigError
-from agentdistill.policy import TAG, Episode, Policy, Response
+from agentdistill.policy import TAG, Episode, Proposer, Response
 from agentdistill.records import Actor, Json, Turn
 from agentdistill.wording import Wording
 
@@ -29,7 +29,7 @@ _APART = {"reasoning": "apart"}
 _NOT_DONE = "Not executed."
 
 
-class ChatPolicy(Policy):
+class ChatPolicy(Proposer):
     """A model on an engine that takes messages."""
 
     def __init__(
@@ -60,25 +60,32 @@ class ChatPolicy(Policy):
         self.wants_admissible = wording.prompt.lists_admissible
         self._sampled_as: dict[str, Json] = asdict(sampling)
 
-    async def act(self, episode: Episode) -> Response:
-        """Ask the engine with everything that happened so far."""
-        (sample,) = await self.engine.chat(
-            self.messages(episode),
+    async def propose(self, episode: Episode, n: int = 1, hint: str = "") -> list[Response]:
+        """Ask the engine with everything that happened so far, in one request."""
+        samples = await self.engine.chat(
+            self.messages(episode, hint),
             self.sampling,
+            n=n,
             tools=self.tools(episode),
             seed=episode.turn_seed,
         )
-        return self.response(sample)
+        return [replace(self.response(sample), hint=hint) for sample in samples]
 
     def tools(self, episode: Episode) -> Sequence[Mapping[str, Any]]:
         """What the model may call in ``episode``."""
         return episode.env.tools if self.native_tools else ()
 
-    def messages(self, episode: Episode) -> list[Message]:
-        """The prompt for the current observation, the note in front of the first user message."""
-        told = self._told(episode)
+    def messages(self, episode: Episode, hint: str = "") -> list[Message]:
+        """The prompt for the current observation, the note in front of the first user message.
+
+        The hint is in the last user message, or a message of its own after the results of calls.
+        """
+        answers = bool(episode.turns) and self._called(episode.turns[-1])
+        told = self._told(episode, "" if answers else hint)
         if self.native_tools and self.wording.prompt.history is None:
             told = self._with_calls(told, episode.turns)
+        if answers and hint:
+            told = [*told, Message("user", hint)]
         if not episode.note:
             return told
         note = episode.note if episode.note.endswith("\n") else f"{episode.note}\n"
@@ -100,12 +107,13 @@ class ChatPolicy(Policy):
             stop=sample.stop,
         )
 
-    def _told(self, episode: Episode) -> list[Message]:
+    def _told(self, episode: Episode, hint: str) -> list[Message]:
         told = self.wording.messages(
             [self._said(turn) for turn in episode.turns],
             episode.observation,
             goal=episode.goal,
             admissible=episode.admissible,
+            hint=hint,
         )
         return [Message(message["role"], message["content"]) for message in told]
 

@@ -114,7 +114,7 @@ def keep(the_run: Run, stage: CollectStage, trajectory: Trajectory) -> bool:
     return not any(the_run.env.held_out(observation) for observation in seen)
 
 
-def _provenance(the_run: Run, stage: CollectStage, policy: Any, n: int) -> dict[str, Any]:
+def _provenance(the_run: Run, stage: CollectStage, policy: Policy, n: int) -> dict[str, Any]:
     facts = {
         "run": the_run.config.name,
         "stage": stage.name,
@@ -124,8 +124,8 @@ def _provenance(the_run: Run, stage: CollectStage, policy: Any, n: int) -> dict[
         "env": the_run.env.card.to_json(),
         "instruction": the_run.env.instruction,
     }
-    if isinstance(policy, ModelPolicy):
-        facts["renderer"] = policy.renderer.fingerprint
+    if policy.fingerprint is not None:
+        facts["renderer"] = policy.fingerprint
     if stage.first_thought:
         facts["first_thought"] = True
     return facts

@@ -10,13 +10,15 @@ Invariants
   scorer repeats it (SDPO). Thoughts are in no note.
 * In tokens a note is spliced in after the opening, so both sides read identical responses, and a
   stream without its note is, id by id, what an actor without one would have read.
+* Where the actor read hints (demonstrations, for a turn each), no view shows them: a stream without
+  note and hints is what an actor without either would have read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,8 +27,8 @@ import numpy as np
 
 from agentdistill.methods.space import ContextAxis
 from agentdistill.policy import derive_seed
-from agentdistill.records import Stream, Trajectory, Turn, Verdict
-from agentdistill.render import Renderer
+from agentdistill.records import Author, Stream, Trajectory, Turn, Verdict
+from agentdistill.render import Conversation, Renderer, Reply
 from agentdistill.views import Splice, View, ViewBuilder, splice
 
 Guide = Mapping[str, Sequence[Trajectory]]
@@ -242,7 +244,7 @@ def with_notes(renderer: Renderer, notes: Mapping[str, str]) -> ViewBuilder:
 
 
 def without_note(renderer: Renderer) -> ViewBuilder:
-    """The view ``student``: each stream without the note that its actor read.
+    """The view ``student``: each stream without the note and the hints that its actor read.
 
     The stream itself where the actor read none: then its prompt was the student's.
 
@@ -282,28 +284,85 @@ def forget_note(trajectory: Trajectory, renderer: Renderer) -> Trajectory:
     )
 
 
-def _noted(trajectory: Trajectory) -> str:
-    """The note that the actor of ``trajectory`` read, "" for none."""
-    return str(trajectory.provenance.get("note", ""))
+def forget_hints(trajectory: Trajectory) -> Trajectory:
+    """``trajectory`` as if its actors had read neither note nor hints; the streams go, too.
+
+    :func:`~agentdistill.render.materialise` makes others, as a student without them reads it.
+    """
+    if not _noted(trajectory) and not any(turn.hint for turn in trajectory.turns):
+        return trajectory
+    turns = (dataclasses.replace(turn, hint="", span=None) for turn in trajectory.turns)
+    provenance = {k: v for k, v in trajectory.provenance.items() if k not in ("note", "renderer")}
+    return dataclasses.replace(trajectory, turns=tuple(turns), streams=(), provenance=provenance)
+
+
+def _noted(trajectory: Trajectory, stream: int | None = None) -> str:
+    """The note that the actor of ``trajectory`` read in a stream, "" for none."""
+    spans = ((turn, turn.span) for turn in trajectory.turns if stream is not None)
+    first = next((turn for turn, span in spans if span and span.stream == stream), None)
+    informed = first is None or first.informed
+    return str(trajectory.provenance.get("note", "")) if informed else ""
 
 
 def _exchanged(trajectory: Trajectory, stream: int, renderer: Renderer, text: str) -> View:
-    """A stream with the note ``text`` in place of its own (either may be "")."""
+    """A stream with the note ``text`` in place of its own (either may be ""), without hints."""
     at = _place(trajectory, stream, renderer)
-    part = Splice(at, len(renderer.note(_noted(trajectory))), renderer.note(text))
-    return splice(trajectory.streams[stream], [part])
+    note = renderer.note(_noted(trajectory, stream))
+    parts = list(_hints(trajectory, stream, renderer, note, renderer.note(text)))
+    if not any(part.at <= at for part in parts):
+        parts.append(Splice(at, len(note), renderer.note(text)))
+    return splice(trajectory.streams[stream], parts)
+
+
+def _hints(
+    trajectory: Trajectory,
+    stream: int,
+    renderer: Renderer,
+    note: tuple[int, ...],
+    text: tuple[int, ...],
+) -> Iterator[Splice]:
+    """What takes the hints out of a stream, message by message.
+
+    Where a message with a hint is the whole prompt, its note is exchanged for ``text`` as well: it
+    stands where the hint does.
+    """
+    if not any(turn.shown for turn in trajectory.turns):
+        return
+    ids: list[int] = trajectory.streams[stream].ids.tolist()
+    conversation = Conversation(renderer, trajectory.goal)
+    for turn in trajectory.turns:
+        seen = (turn.observation, turn.admissible)
+        if turn.shown and turn.span is not None and turn.span.stream == stream:
+            shown = conversation.last(*seen, hint=turn.shown)
+            plain, end = conversation.last(*seen), turn.span.start
+            if end == len(shown) + len(note):
+                shown, plain = _with(shown, note, renderer), _with(plain, text, renderer)
+            if tuple(ids[end - len(shown) : end]) != shown:
+                raise _foreign(trajectory, stream)
+            yield Splice(end - len(shown), len(shown), plain)
+        nobody = Reply((), (), Author.CONTEXT)
+        conversation.add(turn.observation, nobody, chosen=turn.actions, admissible=turn.admissible)
+
+
+def _with(ids: tuple[int, ...], note: tuple[int, ...], renderer: Renderer) -> tuple[int, ...]:
+    at = renderer.note_at(ids)
+    return (*ids[:at], *note, *ids[at:])
+
+
+def _foreign(trajectory: Trajectory, stream: int) -> ValueError:
+    return ValueError(
+        f"trajectory {trajectory.id}: stream {stream} was made with another tokenizer or "
+        "prompt; make the streams again (agentdistill.render.materialise)"
+    )
 
 
 def _place(trajectory: Trajectory, stream: int, renderer: Renderer) -> int:
     """Where the note of a stream stands, or would stand."""
     made = trajectory.provenance.get("renderer", renderer.fingerprint)
     ids: list[int] = trajectory.streams[stream].ids.tolist()
-    at = renderer.noted_at(ids, renderer.note(_noted(trajectory)))
+    at = renderer.noted_at(ids, renderer.note(_noted(trajectory, stream)))
     if made != renderer.fingerprint or at is None:
-        raise ValueError(
-            f"trajectory {trajectory.id}: stream {stream} was made with another tokenizer or "
-            "prompt; make the streams again (agentdistill.render.materialise)"
-        )
+        raise _foreign(trajectory, stream)
     return at
 
 

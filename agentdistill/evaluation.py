@@ -8,16 +8,20 @@ counted apart; every result names panel, environment card, prompt and sampling.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from agentdistill.config import EvaluateConfig, SamplingConfig
+from agentdistill import costs
+from agentdistill.cascade import CascadePolicy
+from agentdistill.config import EvaluateConfig, RunConfig, SamplingConfig
 from agentdistill.metrics import Interval, of_trajectories, wilson
 from agentdistill.panel import Panel, deviations, of_config
 from agentdistill.policy import Policy
 from agentdistill.records import Task, Trajectory, digest
 from agentdistill.rollout import rollout, run
 from agentdistill.run import Loaded, Run
+from agentdistill.wording import Wording
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,13 @@ class Result:
         setting: what else the numbers depend on: the panel (its name, "" for one that is drawn;
             its split, seed, and in what a model deviates from it), the environment (id, version,
             data) and its options, turns, prompt, limits, sampling (None for policies that have
-            none).
+            none), for a cascade what it is made of.
+        asked: of a cascade, the share of the turns that its teacher answered.
+        teacher_calls: of a cascade, how many turns that are.
+        tokens: by who drew them: calls, and tokens in the four classes that providers price; faults
+            included.
+        cost: mean money per episode (faults included), as in :data:`agentdistill.costs.KINDS`;
+            None where somebody has no price.
     """
 
     policy: str
@@ -59,6 +69,10 @@ class Result:
     keys: tuple[str, ...]
     outcomes: tuple[bool | None, ...]
     setting: dict[str, Any] = field(default_factory=dict)
+    asked: float | None = None
+    teacher_calls: int | None = None
+    tokens: dict[str, dict[str, int]] = field(default_factory=dict)
+    cost: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -71,9 +85,11 @@ class Result:
         return cls(**{**values, **columns, "interval": Interval(*values["interval"])})
 
 
-def modes(name: str, config: EvaluateConfig) -> list[str]:
-    """The modes in which policy ``name`` plays."""
-    return ["-"] if name in ("expert", "random") else list(dict.fromkeys(config.modes))
+def modes(name: str, config: RunConfig) -> list[str]:
+    """The modes in which policy ``name`` plays: a cascade samples, or its samples were all one."""
+    if name in ("expert", "random"):
+        return ["-"]
+    return ["sampled"] if name in config.policies else list(dict.fromkeys(config.evaluate.modes))
 
 
 def evaluate(the_run: Run, name: str, mode: str, config: EvaluateConfig | None = None) -> Result:
@@ -106,8 +122,39 @@ def play(
             pool=the_run.pool,
         )
     )
-    setting = _setting(the_run, mode, panel)
-    return summarise(player.name, mode, panel.listed(), trajectories, setting)
+    setting = _setting(the_run, player.name, mode, panel)
+    found = summarise(player.name, mode, panel.listed(), trajectories, setting)
+    return _spent(the_run, player, trajectories, found)
+
+
+def _spent(the_run: Run, player: Policy, played: Sequence[Trajectory], found: Result) -> Result:
+    """``found`` with what it took: tokens, money, and how often a teacher was asked."""
+    tokens = costs.tokens(played)
+    prices = {name: the_run.price(name) for name in tokens}
+    prompts = partial(prompt, Wording(the_run.config.prompt, the_run.env.instruction))
+    cost = costs.per_episode(played, prices, prompts) if tokens else None
+    found = replace(found, tokens=tokens, cost=cost)
+    if not isinstance(player, CascadePolicy) or player.teacher is None:
+        return found
+    turns = [turn for t in played if not t.faults for turn in t.acted]
+    asked = sum(turn.actor.name == player.teacher.name for turn in turns)
+    share = asked / len(turns) if turns else None
+    return replace(found, asked=share, teacher_calls=asked)
+
+
+def prompt(wording: Wording, trajectory: Trajectory, number: int, informed: bool) -> costs.Prompt:
+    """The texts of the messages with which turn ``number`` was asked for."""
+    turn = trajectory.turns[number]
+    note = str(trajectory.provenance.get("note", "")) if informed else ""
+    told = wording.messages(
+        trajectory.turns[:number],
+        turn.observation,
+        goal=trajectory.goal,
+        admissible=turn.admissible,
+        hint=turn.hint if informed else "",
+    )
+    texts = [message["content"] for message in told]
+    return tuple([note, *texts] if note else texts)
 
 
 def _sampling(the_run: Run, mode: str) -> SamplingConfig:
@@ -115,12 +162,14 @@ def _sampling(the_run: Run, mode: str) -> SamplingConfig:
     return base.model_copy(update={"temperature": 0.0}) if mode == "greedy" else base
 
 
-def _setting(the_run: Run, mode: str, panel: Panel) -> dict[str, Any]:
+def _setting(the_run: Run, name: str, mode: str, panel: Panel) -> dict[str, Any]:
     config, card = the_run.config, the_run.env.card
     named: dict[str, Any] = {"name": panel.name, "split": panel.split, "seed": panel.seed}
     if panel.name and mode != "-":
         named["deviations"] = deviations(panel, config, mode)
+    made = config.policies.get(name)
     return {
+        **({"made of": made.model_dump(mode="json")} if made else {}),
         "panel": named,
         "env": {"id": card.id, "version": card.version, "data": card.data},
         **config.model_dump(mode="json", include={"prompt", "limits"}),

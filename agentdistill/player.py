@@ -7,8 +7,8 @@ Invariants
 * An episode's outcome depends on its request (task, start, seed) and the policy's weights only.
 * How an environment runs is what its card asks for (:data:`~agentdistill.envs.base.ISOLATIONS`):
   ``inline`` in the event loop, ``thread`` in a worker thread so that a slow step stalls nobody.
-* What the actor was shown is on record: whoever reads the turns (and ``provenance["note"]``, where
-  it was shown a note) can make its prompts again.
+* What the actor was shown is on record: whoever reads the turns with their hints (and
+  ``provenance["note"]``, where it was shown a note) can make its prompts again.
 """
 
 from __future__ import annotations
@@ -136,7 +136,14 @@ class Player:
         observation, goal = await self._env_call(self._reset)
         identity = f"{request.group}/{request.sample}/{task.key}/{next(_NUMBERS)}"
         self._episode = Episode(
-            identity, task, self._env, observation, request.seed, goal, note=request.note
+            identity,
+            task,
+            self._env,
+            observation,
+            request.seed,
+            goal,
+            note=request.note,
+            ask=self._env_call,
         )
 
     def _reset(self) -> tuple[str, str]:
@@ -196,6 +203,8 @@ class Player:
             alternatives=response.alternatives,
             admissible=self._now.admissible,
             cut=parsed.cut,
+            hint=response.hint,
+            informed=response.informed,
         )
         reply = None
         if response.sample is not None:
@@ -290,7 +299,13 @@ class Player:
         guarded = partial(self._guarded, call)
         if self._env.card.isolation == "inline":
             return guarded()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, guarded)
+        work = asyncio.get_running_loop().run_in_executor(self._threads, guarded)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])  # nobody else may have the environment before
+            work.exception()
+            raise
 
     def _guarded(self, call: Callable[[], T]) -> T:
         """In the thread itself: a StopIteration could not leave it, and would hang the episode."""
@@ -318,7 +333,8 @@ class Player:
 
     def _record(self, end: str, faults: tuple[Fault, ...]) -> Trajectory:
         request, episode = self._request, self._episode
-        note = {"note": request.note} if request.note else {}
+        read = episode.note if episode else request.note
+        note = {"note": read} if read else {}
         return Trajectory(
             request.task,
             request.group or request.task.key,

@@ -7,12 +7,13 @@ what it draws depends on the episode and its seed only, not on what runs beside 
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
+from typing import Protocol, TypeVar
 
 from agentdistill import actions
 from agentdistill.actions import Parsed
@@ -35,6 +36,18 @@ from agentdistill.render import Conversation, Renderer, Reply
 T = TypeVar("T")
 
 
+class Ask(Protocol):
+    """Runs a question to an environment where that environment runs."""
+
+    async def __call__(self, question: Callable[[], T], /) -> T:
+        """What ``question`` returns."""
+        ...
+
+
+async def _at_once(question: Callable[[], T]) -> T:
+    return question()
+
+
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from anything that prints; there is no global generator anywhere."""
     return int(digest([str(part) for part in parts], 16), 16) >> 1
@@ -53,7 +66,9 @@ class Episode:
         goal: the task in words; "" where the environment has none.
         admissible: actions that the environment lists now; empty unless somebody asked for them
             (``Policy.wants_admissible``).
-        note: what only this actor reads, "" for nothing.
+        note: what only this actor reads, "" for nothing; a policy may write one before its first
+            response, and it goes on record.
+        ask: puts a question to the environment where that runs; a fault of it ends the episode.
         turns: finished turns, replayed ones included.
         replies: the tokens of each finished turn, None where it is only text.
     """
@@ -68,6 +83,7 @@ class Episode:
     turns: list[Turn] = field(default_factory=list)
     replies: list[Reply | None] = field(default_factory=list)
     note: str = ""
+    ask: Ask = _at_once
 
     @property
     def turn_seed(self) -> int:
@@ -91,6 +107,8 @@ class Response:
         tool_calls: native tool calls; where there are some, they and not the text say what to do.
         forced: ids that were put into the actor's mouth before what it sampled.
         stop: why a response without a sample ended, as :attr:`Turn.stop` says it.
+        hint: what the prompt said besides, see :attr:`Turn.hint`.
+        informed: whether who responded read it, see :attr:`Turn.informed`.
     """
 
     text: str
@@ -104,6 +122,8 @@ class Response:
     tool_calls: tuple[Mapping[str, Json], ...] = ()
     forced: tuple[int, ...] = ()
     stop: str = "none"
+    hint: str = ""
+    informed: bool = True
 
 
 class Policy(ABC):
@@ -112,6 +132,11 @@ class Policy(ABC):
     name: str
     wants_admissible: bool = False
     """Whether it reads ``Episode.admissible``."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the renderer whose tokens all of its turns have; None where some have none."""
+        return None
 
     @abstractmethod
     async def act(self, episode: Episode) -> Response:
@@ -149,7 +174,7 @@ class ScriptedPolicy(Policy):
         return Response(text, actions.grammar(self._grammar)(text), Actor(self.name))
 
 
-def _answer(ask: Callable[[], T]) -> T:
+def answer(ask: Callable[[], T]) -> T:
     """What the environment says; whatever it raises is its fault, not the policy's."""
     try:
         return ask()
@@ -168,7 +193,7 @@ class ExpertPolicy(ScriptedPolicy):
 
     def choose(self, episode: Episode) -> str:
         """What the expert would do now."""
-        return _answer(episode.env.expert_action) or ""
+        return answer(episode.env.expert_action) or ""
 
 
 class RandomPolicy(ScriptedPolicy):
@@ -180,12 +205,33 @@ class RandomPolicy(ScriptedPolicy):
 
     def choose(self, episode: Episode) -> str:
         """One of the admissible actions."""
-        choices = list(episode.admissible) or _answer(lambda: episode.env.admissible() or [])
+        choices = list(episode.admissible) or answer(lambda: episode.env.admissible() or [])
         examples = episode.env.action_space.examples  # type: ignore[attr-defined]
         return str(random.Random(episode.turn_seed).choice(choices or list(examples)))
 
 
-class ModelPolicy(Policy):
+class Proposer(Policy):
+    """A model that can be asked for several answers to the same state; acts by the first."""
+
+    @abstractmethod
+    async def propose(self, episode: Episode, n: int = 1, hint: str = "") -> list[Response]:
+        """Draw ``n`` responses to ``episode.observation``.
+
+        The first is the one of :meth:`act`. The usages add up to what they cost together.
+
+        Args:
+            episode: in progress.
+            n: at least 1.
+            hint: what the prompt says besides, right before the observation, this once.
+        """
+
+    async def act(self, episode: Episode) -> Response:
+        """The only one of one response."""
+        (response,) = await self.propose(episode)
+        return response
+
+
+class ModelPolicy(Proposer):
     """A model on an engine, prompted by a renderer."""
 
     def __init__(self, name: str, engine: Engine, renderer: Renderer, sampling: Sampling) -> None:
@@ -194,22 +240,53 @@ class ModelPolicy(Policy):
         self.wants_admissible = renderer.prompt.lists_admissible
         self._sampled_as = asdict(sampling)
         self._conversations: dict[str, Conversation] = {}
+        self._sessions: dict[str, int] = {}
 
-    async def act(self, episode: Episode) -> Response:
-        """Ask the engine with everything that happened so far."""
+    @property
+    def fingerprint(self) -> str:
+        """Of its renderer."""
+        return self.renderer.fingerprint
+
+    async def propose(self, episode: Episode, n: int = 1, hint: str = "") -> list[Response]:
+        """Ask the engine with everything that happened so far; each sample in its own session."""
         conversation = self._conversations.get(episode.id)
         if conversation is None:
             conversation = Conversation(self.renderer, episode.goal, episode.note)
             self._conversations[episode.id] = conversation
         self._catch_up(conversation, episode)
-        ids, authors = conversation.ask(episode.observation, episode.admissible)
+        ids, authors = conversation.ask(episode.observation, episode.admissible, hint=hint)
         forced, spent = await self._opening(episode)
-        sample = await self.engine.generate(
-            [*ids, *forced],
-            self.sampling,
-            seed=episode.turn_seed,
-            session=f"{self.name}/{episode.id}",
-        )
+        samples = await self._draw([*ids, *forced], episode, n)
+        responses = [self._response(sample, forced, (ids, authors), hint) for sample in samples]
+        first = replace(responses[0], usage=total(spent, responses[0].usage))
+        return [first, *responses[1:]]
+
+    async def _draw(self, ids: list[int], episode: Episode, n: int) -> list[Sample]:
+        """``n`` samples; the first is the one that would be drawn alone."""
+        self._sessions[episode.id] = max(n, self._sessions.get(episode.id, 0))
+        sessions = self._names(episode)
+        if n == 1:
+            seed = episode.turn_seed
+            return [await self.engine.generate(ids, self.sampling, seed=seed, session=sessions[0])]
+        seeds = [episode.turn_seed, *(derive_seed(episode.turn_seed, k) for k in range(1, n))]
+        draws = [
+            self.engine.generate(ids, self.sampling, seed=seed, session=session)
+            for seed, session in zip(seeds, sessions, strict=False)
+        ]
+        return await together(draws)
+
+    def _names(self, episode: Episode) -> list[str]:
+        """Sessions of an episode, as many as it has had."""
+        own = f"{self.name}/{episode.id}"
+        return [own, *(f"{own}/{k}" for k in range(1, self._sessions.get(episode.id, 1)))]
+
+    def _response(
+        self,
+        sample: Sample,
+        forced: tuple[int, ...],
+        prompt: tuple[Sequence[int], Sequence[int]],
+        hint: str,
+    ) -> Response:
         whole = (*forced, *sample.ids)
         text = self.renderer.text(whole) if forced else sample.text
         parsed = self.renderer.grammar(text)
@@ -219,10 +296,12 @@ class ModelPolicy(Policy):
             Actor(self.name, sample.version, self._sampled_as),
             sample,
             self.renderer.kinds(whole, parsed),
-            (ids, authors),
-            usage=_sum(spent, sample.usage),
+            prompt,
+            usage=sample.usage,
             tool_calls=sample.tool_calls,
             forced=forced,
+            stop=sample.stop,
+            hint=hint,
         )
 
     async def _opening(self, episode: Episode) -> tuple[tuple[int, ...], Usage]:
@@ -243,11 +322,23 @@ class ModelPolicy(Policy):
     def finish(self, episode: Episode) -> None:
         """Forget the episode and free its cache."""
         self._conversations.pop(episode.id, None)
-        self.engine.release(f"{self.name}/{episode.id}")
+        for session in self._names(episode):
+            self.engine.release(session)
+        self._sessions.pop(episode.id, None)
 
 
-def _sum(one: Usage, other: Usage) -> Usage:
-    return Usage(*map(sum, zip(astuple(one), astuple(other), strict=True)))
+async def together(draws: Iterable[Awaitable[T]]) -> list[T]:
+    """What all of them give; where one fails the others are not left running."""
+    found = await asyncio.gather(*draws, return_exceptions=True)
+    for one in found:
+        if isinstance(one, BaseException):
+            raise one
+    return [one for one in found if not isinstance(one, BaseException)]
+
+
+def total(*usages: Usage) -> Usage:
+    """The sum, class by class."""
+    return Usage(*map(sum, zip(*map(astuple, usages), strict=True))) if usages else Usage()
 
 
 _QUESTION = (

@@ -142,23 +142,24 @@ def _jobs(the_run: Run, only: Sequence[str] | None) -> list[Job]:
     names = {stage.name for stage in config.stages}
     wanted = names if only is None else _closure(config, only)
     jobs = [
-        Job(stage.name, _needs(stage) & names, stage)
+        Job(stage.name, _needs(config, stage) & names, stage)
         for stage in config.stages
         if stage.name in wanted and the_run.done(stage.name) is None
     ]
     if only is None:
         for policy in dict.fromkeys(config.evaluate.policies):
             jobs += [
-                Job(policy, frozenset({policy} & names), None, mode)
-                for mode in modes(policy, config.evaluate)
+                Job(policy, config.parts(policy) & names, None, mode)
+                for mode in modes(policy, config)
                 if not _evaluation(the_run, policy, mode).exists()
             ]
     return jobs
 
 
-def _needs(stage: StageConfig) -> frozenset[str]:
+def _needs(config: RunConfig, stage: StageConfig) -> frozenset[str]:
     keys = ("policy", "init", "teacher", "data", "guide", "base", "analyser")
-    return frozenset(filter(None, (getattr(stage, key, None) for key in keys)))
+    named = filter(None, (getattr(stage, key, None) for key in keys))
+    return frozenset().union(*(config.parts(name) for name in named))
 
 
 def _closure(config: RunConfig, only: Sequence[str]) -> set[str]:
@@ -169,7 +170,7 @@ def _closure(config: RunConfig, only: Sequence[str]) -> set[str]:
         stage = open_.pop()
         wanted.add(stage.name)
         names = {s.name: s for s in config.stages}
-        open_ += [names[n] for n in _needs(stage) if n in names and n not in wanted]
+        open_ += [names[n] for n in _needs(config, stage) if n in names and n not in wanted]
     return wanted
 
 
@@ -197,9 +198,9 @@ def _evaluation(the_run: Run, policy: str, mode: str) -> Path:
 
 
 def _results(the_run: Run) -> tuple[Result, ...]:
-    config = the_run.config.evaluate
+    config = the_run.config
     found = []
-    for policy in dict.fromkeys(config.policies):
+    for policy in dict.fromkeys(config.evaluate.policies):
         for mode in modes(policy, config):
             text = _evaluation(the_run, policy, mode).read_text()
             found.append(Result.of_json(json.loads(text)))

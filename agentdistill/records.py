@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from agentdistill.columns import Columns
+
 Json = Any
 IntArray = npt.NDArray[np.int32]
 ByteArray = npt.NDArray[np.uint8]
@@ -150,11 +152,15 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A sample that was drawn and not executed, with what it cost."""
+    """A sample that was drawn and not executed, with what it cost.
+
+    ``actor`` is the name of who drew it, "" for whoever answered the turn.
+    """
 
     text: str
     actions: tuple[str, ...] = ()
     usage: Usage = Usage()
+    actor: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +184,10 @@ class Turn:
         alternatives: samples drawn and not executed.
         admissible: actions that the environment listed; empty where the prompt shows no list.
         cut: actions beyond the prompt's limit, asked for and not executed.
+        hint: what this turn's prompt said besides, right before the observation (demonstrations);
+            no later prompt says it again.
+        informed: whether who responded read the hint, and the trajectory's note; a teacher may
+            answer without either. Whose samples are in ``alternatives`` did read them.
     """
 
     index: int
@@ -197,6 +207,13 @@ class Turn:
     alternatives: tuple[Alternative, ...] = ()
     admissible: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
+    hint: str = ""
+    informed: bool = True
+
+    @property
+    def shown(self) -> str:
+        """The hint, where who responded read it."""
+        return self.hint if self.informed else ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -322,7 +339,7 @@ class StreamBuilder:
 
     def __init__(self) -> None:
         """Start without any stream."""
-        self._streams: list[_Columns] = []
+        self._streams: list[Columns] = []
 
     @property
     def tail(self) -> list[int]:
@@ -355,7 +372,7 @@ class StreamBuilder:
         prompt, tail = list(prompt), self.tail
         known = len(tail)
         if not self._streams or tail != prompt[:known]:
-            self._streams.append(_Columns())
+            self._streams.append(Columns())
             known = 0
         columns = self._streams[-1]
         authors = prompt_author[known:] if prompt_author is not None else None
@@ -367,34 +384,4 @@ class StreamBuilder:
 
     def finish(self) -> tuple[Stream, ...]:
         """The streams, frozen."""
-        return tuple(columns.freeze() for columns in self._streams)
-
-
-class _Columns:
-    """The growing columns of one stream."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.author: list[int] = []
-        self.kind: list[int] = []
-        self.logp: list[float] = []
-
-    def add(
-        self,
-        ids: Sequence[int],
-        author: Sequence[int],
-        kind: Sequence[int] | None = None,
-        logp: Sequence[float] | None = None,
-    ) -> None:
-        self.ids += ids
-        self.author += author
-        self.kind += kind if kind is not None else [Kind.CONTEXT] * len(ids)
-        self.logp += logp if logp is not None else [float("nan")] * len(ids)
-
-    def freeze(self) -> Stream:
-        return Stream(
-            np.asarray(self.ids, np.int32),
-            np.asarray(self.author, np.uint8),
-            np.asarray(self.kind, np.uint8),
-            np.asarray(self.logp, np.float32),
-        )
+        return tuple(Stream(*columns.freeze()) for columns in self._streams)

@@ -13,6 +13,8 @@ Invariants
   (:mod:`~agentdistill.frames`).
 * A note (text for one reader only) is whole tokens right after the opening: without them a prompt
   is, id by id, the prompt that never had one.
+* A hint is text before the last observation, of one prompt only: every later prompt is what it
+  would be without, so that only the last message is ever new.
 
 No torch here; the tokenizer is any ``transformers`` tokenizer with a chat template.
 """
@@ -247,21 +249,48 @@ class Conversation:
         self._shown.append(shown)
         self._replies.append(reply)
 
-    def ask(self, observation: str, admissible: Sequence[str] = ()) -> tuple[list[int], list[int]]:
-        """The prompt for ``observation``: ids and authors, of equal length."""
-        ids, authors = self._plain(observation, admissible)
-        at = self._renderer.note_at(ids) if self._note else 0
-        ids[at:at] = self._note
-        authors[at:at] = [int(Author.CONTEXT)] * len(self._note)
+    def ask(
+        self,
+        observation: str,
+        admissible: Sequence[str] = (),
+        *,
+        hint: str = "",
+        noted: bool = True,
+    ) -> tuple[list[int], list[int]]:
+        """The prompt for ``observation``: ids and authors, of equal length.
+
+        Args:
+            observation: what is seen now.
+            admissible: actions that the environment lists now.
+            hint: what this prompt alone says before the observation.
+            noted: whether the reader has the note.
+        """
+        ids, authors = self._plain(observation, admissible, hint)
+        note = self._note if noted else ()
+        at = self._renderer.note_at(ids) if note else 0
+        ids[at:at] = note
+        authors[at:at] = [int(Author.CONTEXT)] * len(note)
         return ids, authors
 
-    def _plain(self, observation: str, admissible: Sequence[str]) -> tuple[list[int], list[int]]:
+    def last(
+        self, observation: str, admissible: Sequence[str] = (), *, hint: str = ""
+    ) -> tuple[int, ...]:
+        """The part of a prompt that its last message is, with what stands around it, unnoted."""
+        first = self._wording.first(len(self))
+        if self._renderer.prompt.history is not None:
+            history = "".join(self._shown[first:])
+            return self._renderer.alone(self._message(observation, admissible, history, hint))
+        message = self._message(observation, admissible, hint=hint)
+        return self._renderer.context(message, first=first == len(self))
+
+    def _plain(
+        self, observation: str, admissible: Sequence[str], hint: str
+    ) -> tuple[list[int], list[int]]:
         """The prompt without the note."""
         prompt, first = self._renderer.prompt, self._wording.first(len(self))
+        last = self.last(observation, admissible, hint=hint)
         if prompt.history is not None:
-            history = "".join(self._shown[first:])
-            whole = self._renderer.alone(self._message(observation, admissible, history))
-            return list(whole), [int(Author.CONTEXT)] * len(whole)
+            return list(last), [int(Author.CONTEXT)] * len(last)
         if prompt.window is not None:
             self._ids, self._authors, self._joined = [], [], first
         for index in range(self._joined, len(self)):
@@ -270,17 +299,19 @@ class Conversation:
             self._reply(self._ids, self._authors, self._replies[index])
         self._joined = len(self)
         ids, authors = list(self._ids), list(self._authors)
-        message = self._message(observation, admissible)
-        self._context(ids, authors, self._renderer.context(message, first=first == len(self)))
+        self._context(ids, authors, last)
         return ids, authors
 
-    def _message(self, observation: str, admissible: Sequence[str], history: str = "") -> str:
+    def _message(
+        self, observation: str, admissible: Sequence[str], history: str = "", hint: str = ""
+    ) -> str:
         return self._wording.message(
             observation,
             step=len(self) + 1,
             goal=self._goal,
             admissible=admissible,
             history=history,
+            hint=hint,
         )
 
     def _context(self, ids: list[int], authors: list[int], piece: Sequence[int]) -> None:
@@ -304,7 +335,7 @@ def materialise(trajectory: Trajectory, renderer: Renderer) -> Trajectory:
 
     Nobody sampled these tokens, so their log-probabilities are NaN. Existing streams are
     replaced: another tokenizer or another preset reads the same episode differently. Where the
-    actor read a note (``provenance["note"]``), so does whoever reads these streams.
+    actor read a note (``provenance["note"]``) or hints, so does whoever reads these streams.
     """
     note = str(trajectory.provenance.get("note", ""))
     conversation, builder = Conversation(renderer, trajectory.goal, note), StreamBuilder()
@@ -316,7 +347,9 @@ def materialise(trajectory: Trajectory, renderer: Renderer) -> Trajectory:
         reply = renderer.told(turn, shown_as)
         span = None
         if not replay:
-            ids, authors = conversation.ask(turn.observation, turn.admissible)
+            ids, authors = conversation.ask(
+                turn.observation, turn.admissible, hint=turn.shown, noted=turn.informed
+            )
             nobody = [float("nan")] * len(reply.ids)
             span = builder.extend(
                 ids,

@@ -30,6 +30,7 @@ import agentdistill
 from agentdistill.chat import ChatPolicy
 from agentdistill.config import (
     ApiModel,
+    CascadeConfig,
     LocalModel,
     RunConfig,
     SamplingConfig,
@@ -37,13 +38,14 @@ from agentdistill.config import (
     TrainStage,
     load,
 )
-from agentdistill.engines.base import Sampling
+from agentdistill.engines.base import Engine, Sampling
 from agentdistill.envs.base import TextEnv
 from agentdistill.envs.make import make
 from agentdistill.errors import ConfigError, MissingExtraError
 from agentdistill.files import refusing, write_text
 from agentdistill.ledger import Price
 from agentdistill.policy import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, derive_seed
+from agentdistill.prices import Prices
 from agentdistill.records import Trajectory
 from agentdistill.render import Renderer
 from agentdistill.store import Store
@@ -52,6 +54,7 @@ from agentdistill.wording import Wording
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from agentdistill.cascade import CascadePolicy
     from agentdistill.engines.hf import HFEngine
     from agentdistill.engines.litellm import LiteLLMEngine
     from agentdistill.ledger import Ledger
@@ -249,6 +252,8 @@ class Run:
 
     def policy(self, name: str, sampling: SamplingConfig | None = None) -> Policy:
         """The policy called ``name``."""
+        if name in self.config.policies:
+            return self.cascade(name, sampling)
         grammar = self.config.prompt.grammar
         if name == "expert":
             return ExpertPolicy(grammar)
@@ -257,6 +262,45 @@ class Run:
         if isinstance(self.config.models.get(name), ApiModel):
             return self.chatting(name, sampling)
         return self.acting(self.model(name), sampling)
+
+    def cascade(
+        self,
+        name: str,
+        sampling: SamplingConfig | None = None,
+        said: CascadeConfig | None = None,
+    ) -> CascadePolicy:
+        """The cascade called ``name``, or what ``said`` makes of it.
+
+        Raises:
+            ConfigError: a part is missing, or the environment cannot do what it needs.
+        """
+        from agentdistill.cascade import of_config
+
+        said = said or self.config.policies[name]
+
+        def actor(name: str, role: str) -> Policy:
+            remote = isinstance(self.config.models.get(name), ApiModel)
+            return self.chatting(name, sampling, role) if remote else self.policy(name, sampling)
+
+        student = actor(said.student, "student")
+        teacher = actor(said.teacher, "teacher") if said.teacher else None
+        stages = [stage.name for stage in self.config.stages]
+        folder = self.folder(said.demos) if said.demos and said.demos in stages else None
+        card, grammar = self.env.card, self.config.prompt.grammar
+        return of_config(name, said, student, teacher, folder, card, grammar)
+
+    def answering(self, name: str, role: str = "student") -> Engine:
+        """The model or train stage called ``name``, as an engine that takes messages.
+
+        ``role`` is what a ledger books it as. Errors as in :meth:`model` and :meth:`remote`.
+        """
+        if isinstance(self.config.models.get(name), ApiModel):
+            return self.remote(name).in_role(role)
+        from agentdistill.engines.templated import TemplatedEngine
+
+        loaded = self.model(name)
+        tokenizer: Any = loaded.tokenizer
+        return TemplatedEngine(loaded.engine, tokenizer)
 
     def chatting(
         self, name: str, sampling: SamplingConfig | None = None, role: str = "student"
@@ -305,16 +349,27 @@ class Run:
         for name, config in self.config.models.items():
             if not isinstance(config, ApiModel) or config.price is None:
                 continue
-            said = config.price
-            write, read = (
-                said.input if part is None else part for part in (said.cache_write, said.cache_read)
-            )
-            price = Price(said.input, write, read, said.output)
+            price = config.price.price()
             if found.setdefault(config.model, price) != price:
                 raise ConfigError(
                     f"{config.model} has another price elsewhere", key=f"models.{name}.price"
                 )
         return found
+
+    def price(self, name: str) -> Price | None:
+        """What the model or train stage ``name`` costs; None where nobody said.
+
+        Only models behind an API have a price without one in the configuration: litellm's.
+        """
+        stage = next((s for s in self.config.stages if s.name == name), None)
+        key = stage.model if isinstance(stage, TrainStage) else name
+        config = self.config.models.get(key)
+        if config is None:
+            return None
+        if config.price is not None:
+            return config.price.price()
+        found = Prices().find(config.model) if isinstance(config, ApiModel) else None
+        return found.price if found else None
 
     def acting(self, loaded: Loaded, sampling: SamplingConfig | None = None) -> ModelPolicy:
         """``loaded`` as a policy."""

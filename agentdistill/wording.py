@@ -54,12 +54,13 @@ class Wording:
         goal: str = "",
         admissible: Sequence[str] = (),
         history: str = "",
+        hint: str = "",
     ) -> str:
-        """The user message of turn number ``step`` (from 1)."""
+        """The user message of turn number ``step`` (from 1); ``hint`` goes before what is seen."""
         prompt = self.prompt
         values = {
             **self._static,
-            "observation": observation,
+            "observation": f"{hint.rstrip()}\n\n{observation}" if hint else observation,
             "step": str(step),
             "goal": "" if goal in observation else goal,
             "admissible": listing(admissible, prompt.admissible, prompt.admissible_limit),
@@ -86,8 +87,9 @@ class Wording:
         *,
         goal: str = "",
         admissible: Sequence[str] = (),
+        hint: str = "",
     ) -> list[dict[str, str]]:
-        """The prompt for ``observation`` after ``turns``, as chat messages."""
+        """The prompt for ``observation`` after ``turns``, as chat messages; none repeats a hint."""
         found = [{"role": "system", "content": self.system}] if self.system else []
         shown = list(enumerate(turns, 1))[self.first(len(turns)) :]
         history = ""
@@ -100,7 +102,7 @@ class Wording:
             found.append({"role": "assistant", "content": self._past(turn)})
         step = len(turns) + 1
         now = self.message(
-            observation, step=step, goal=goal, admissible=admissible, history=history
+            observation, step=step, goal=goal, admissible=admissible, history=history, hint=hint
         )
         return [*found, {"role": "user", "content": now}]
 

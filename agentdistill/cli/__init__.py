@@ -18,13 +18,14 @@ from agentdistill.cli import (
     plan,
     report,
     runs,
+    serving,
     setup,
 )
 from agentdistill.cli.base import app
 
 __all__ = [
     "app", "compare", "data", "diagnose", "importing", "lists", "main", "panels", "plan", "report",
-    "runs", "setup",
+    "runs", "serving", "setup",
 ]  # fmt: skip
 
 

@@ -310,7 +310,7 @@ def evaluate(
         raise ConfigError("name at least one", key="--policy", value=[])
     results = []
     for name in dict.fromkeys(loaded.evaluate.policies):
-        for how in modes(name, loaded.evaluate):
+        for how in modes(name, loaded):
             results.append(api.evaluate(loaded, name, how))
             print(f"{name}, {how}: {display.percent(results[-1].success)}", file=sys.stderr)
     full = {"path": str(loaded.path), "results": [result.to_json() for result in results]}

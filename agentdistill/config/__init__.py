@@ -1,12 +1,13 @@
 """The one configuration object: everything a run does, checked before it starts.
 
 ``schema.py`` has the sections, ``prompts.py`` how episodes are shown, ``api.py`` models behind an
-API, ``loading.py`` the way from a
+API, ``policies.py`` policies made of others, ``loading.py`` the way from a
 file to the object.
 """
 
 from agentdistill.config.api import ApiModel, PriceConfig
 from agentdistill.config.loading import load, read
+from agentdistill.config.policies import CascadeConfig
 from agentdistill.config.prompts import PROMPTS, PromptConfig, Section, prompt
 from agentdistill.config.schema import (
     Beta,
@@ -32,6 +33,7 @@ __all__ = [
     "PROMPTS",
     "ApiModel",
     "Beta",
+    "CascadeConfig",
     "CollectStage",
     "EnvConfig",
     "EvaluateConfig",

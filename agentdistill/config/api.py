@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from agentdistill.config.prompts import Section
+from agentdistill.prices import Price
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
 _KEY = re.compile(r"key|token|secret|password|auth|header", re.IGNORECASE)
@@ -29,6 +30,13 @@ class PriceConfig(Section):
     """Prompt tokens that it finds there; None: as ``input``."""
     output: Decimal = Field(ge=0)
     """Answered tokens, thoughts included."""
+
+    def price(self) -> Price:
+        """As a ledger has it."""
+        write, read = (
+            self.input if part is None else part for part in (self.cache_write, self.cache_read)
+        )
+        return Price(self.input, write, read, self.output)
 
 
 class ApiModel(Section):

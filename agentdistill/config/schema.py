@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from agentdistill.config.api import ApiModel
+from agentdistill.config.api import ApiModel, PriceConfig
+from agentdistill.config.policies import CascadeConfig
 from agentdistill.config.prompts import PROMPTS, PromptConfig, Section, prompt
 from agentdistill.errors import ConfigError
 from agentdistill.records import digest
@@ -70,6 +71,8 @@ class TinyModel(Section):
     """None takes three times ``hidden``."""
     init_std: float = Field(0.05, gt=0)
     tokenizer: TokenizerConfig = TokenizerConfig()
+    price: PriceConfig | None = None
+    """What it would cost behind an API, for results; None: it has no price."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyModel:
@@ -94,6 +97,8 @@ class LocalModel(Section):
     lora: LoraConfig | None = None
     """None trains all weights."""
     revision: str | None = None
+    price: PriceConfig | None = None
+    """What it would cost behind an API, for results; None: it has no price."""
 
 
 def _tag(key: str, default: str) -> Discriminator:
@@ -124,7 +129,7 @@ class CollectStage(Section):
     do: Literal["collect"] = "collect"
     name: StageName
     policy: str = "expert"
-    """``expert``, ``random``, a model's name, or the name of an earlier train stage."""
+    """``expert``, ``random``, a model, an earlier train stage, or a key of ``policies``."""
     episodes: int = Field(100, ge=1)
     """Episodes kept."""
     split: str = "train"
@@ -217,7 +222,8 @@ class EvaluateConfig(Section):
     """The panel that everybody plays."""
 
     policies: list[str] = Field(default_factory=list)
-    """``expert``, ``random``, models and train stages, in the order of the table."""
+    """``expert``, ``random``, models, train stages and keys of ``policies``, in the order of the
+    table."""
     split: str = "report"
     tasks: int = Field(200, ge=1)
     """Distinct tasks; fewer in the split is an error."""
@@ -257,6 +263,8 @@ class RunConfig(Section):
     """A preset by name, or its fields; ``preset`` plus fields overrides single ones."""
     sampling: SamplingConfig = SamplingConfig()
     models: dict[ModelName, ModelConfig] = Field(default_factory=_one_tiny_model)
+    policies: dict[ModelName, CascadeConfig] = Field(default_factory=dict)
+    """Policies made of others."""
     stages: list[StageConfig] = Field(default_factory=list)
     evaluate: EvaluateConfig = EvaluateConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -280,21 +288,38 @@ class RunConfig(Section):
         for name in _BUILT_IN:
             if name in seen:
                 raise ValueError(f"models.{name}: this name is taken; choose another one")
+        for name in self.policies:
+            if name in seen or name in _BUILT_IN or any(s.name == name for s in self.stages):
+                raise ValueError(f"policies.{name}: this name is taken; choose another one")
         for stage in self.stages:
             if stage.name in seen or stage.name in _BUILT_IN:
                 raise ValueError(f"stages.{stage.name}: this name is taken; choose another one")
             for key, kinds in _REFERENCES.items():
                 value = getattr(stage, key, None)
-                if value is not None:
+                if key == "policy" and value in self.policies:
+                    self._made_of(value, seen)
+                elif value is not None:
                     _known(f"stages.{stage.name}.{key}", value, seen, kinds)
             if isinstance(stage, TrainStage):
                 self._has_weights(stage)
                 if stage.init is not None:
                     self._same_model(stage, self.stage(stage.init))
             seen[stage.name] = stage.do
+        for policy in self.policies:
+            self._made_of(policy, seen)
+        seen.update(dict.fromkeys(self.policies, "policy"))
         for policy in self.evaluate.policies:
-            _known("evaluate.policies", policy, seen, ("model", "train", "built-in"))
+            _known("evaluate.policies", policy, seen, ("model", "train", "policy", "built-in"))
         return self
+
+    def _made_of(self, policy: str, seen: Mapping[str, str]) -> None:
+        """Refuse a cascade of what is not there (yet)."""
+        made, key = self.policies[policy], f"policies.{policy}"
+        _known(f"{key}.student", made.student, seen, ("model", "train"))
+        if made.teacher not in (None, "expert"):
+            _known(f"{key}.teacher", str(made.teacher), seen, ("model", "train"))
+        if any(stage.name == made.demos for stage in self.stages):
+            _known(f"{key}.demos", str(made.demos), seen, ("collect",))
 
     def _has_weights(self, stage: TrainStage) -> None:
         for key in ("model", "base"):
@@ -326,6 +351,11 @@ class RunConfig(Section):
         """
         exclude = {"output", "name", "workers"}
         return digest(self.model_dump(mode="json", exclude=exclude, exclude_defaults=True))
+
+    def parts(self, policy: str) -> frozenset[str]:
+        """Names of what the policy called ``policy`` is made of; itself, where that is all."""
+        made = self.policies.get(policy)
+        return frozenset({policy} if made is None else made.needs)
 
     def stage(self, name: str) -> StageConfig:
         """The stage called ``name``."""

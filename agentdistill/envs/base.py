@@ -85,6 +85,8 @@ class Card:
             are others.
         notes: what else makes numbers comparable, a line each (wording of the data, rules).
         expert_rate: share of the tasks that the expert is known to solve; None: nobody knows.
+        restores: whether :meth:`TextEnv.restore` brings everything back; an environment whose
+            actions have effects that stay (a mail that is sent) says False.
     """
 
     id: str
@@ -100,6 +102,7 @@ class Card:
     roles: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     expert_rate: float | None = None
+    restores: bool = True
 
     def split(self, name: str) -> str:
         """The environment's own name of the part called ``name``, which may be a role."""
@@ -233,6 +236,14 @@ class TextEnv(gym.Env[str, str]):
             return values[0]
         return f"{name}({json.dumps(dict(arguments), default=str)})"
 
+    def meaning(self, action: str) -> str:
+        """What actions that do the same have in common, by default their text; never raises.
+
+        A cascade asks it whether a model's samples agree. :mod:`agentdistill.equivalence` has a
+        form for code; it must not depend on the state.
+        """
+        return action
+
     def admissible(self) -> list[str] | None:
         """Actions that would be valid now; None where the environment cannot list them."""
         return None
@@ -338,6 +349,22 @@ class TextEnv(gym.Env[str, str]):
             if results[-1].terminated or results[-1].truncated:
                 break
         return results
+
+    def attempt(self, actions: Sequence[str]) -> list[StepResult]:
+        """What would come of ``actions``; afterwards everything is as it was.
+
+        Raises:
+            EnvError: the card says that states cannot be restored, or this one was not.
+        """
+        if not self.card.restores:
+            raise EnvError(f"{self.card.id} cannot restore a state, so nothing can be tried in it")
+        before = self.snapshot()
+        observation, done = self._observation, list(self._actions)
+        try:
+            return self.replay(actions)
+        finally:
+            if self.restore(before) != observation or self._actions != done:
+                raise EnvError(f"{self.card.id} is not where it was after its state was restored")
 
     def snapshot(self) -> Any:
         """Everything :meth:`restore` needs to come back to this moment."""

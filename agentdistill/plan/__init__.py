@@ -191,7 +191,7 @@ def _panel(config: RunConfig, the_run: Run, measured: Mapping[str, Step]) -> dic
             pace[stage.model] = found.seconds["generate"] / found.lengths.episodes
     episodes, seconds, unknown = 0, 0.0, []
     for policy in dict.fromkeys(section.policies):
-        ways = modes(policy, section)
+        ways = modes(policy, config)
         mine = sum(section.tasks * (section.samples if way == "sampled" else 1) for way in ways)
         episodes += mine
         model = models.get(policy, policy)

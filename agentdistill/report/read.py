@@ -89,7 +89,7 @@ class RunData:
     def finished(self) -> bool:
         """Whether every stage and every evaluation is there."""
         section = self.config.evaluate
-        wanted = sum(len(modes(policy, section)) for policy in dict.fromkeys(section.policies))
+        wanted = sum(len(modes(policy, self.config)) for policy in dict.fromkeys(section.policies))
         return all(stage.done for stage in self.stages) and len(self.results) == wanted
 
     @property
@@ -169,7 +169,7 @@ def _stage(folder: Path, config: StageConfig) -> StageData:
 def _results(folder: Path, config: RunConfig) -> Iterator[Result]:
     """The evaluations that are there, in the order of the configuration."""
     for policy in dict.fromkeys(config.evaluate.policies):
-        for mode in modes(policy, config.evaluate):
+        for mode in modes(policy, config):
             file = folder / "evaluation" / f"{policy}{'' if mode == '-' else f'-{mode}'}.json"
             values = _json(file)
             if values is None:

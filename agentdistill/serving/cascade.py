@@ -20,25 +20,20 @@ import asyncio
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any
 
 from agentdistill import actions, equivalence
 from agentdistill.actions import Grammar
 from agentdistill.agreement import Decision, Rule, decide
+from agentdistill.cascade import AFTER, BEFORE, Place
 from agentdistill.demos import Demos, block
 from agentdistill.engines.base import Capabilities, Engine, Message, Sample, Sampling
 from agentdistill.errors import ConfigError, EngineError
 from agentdistill.importing import chat_task
-from agentdistill.policy import derive_seed
+from agentdistill.policy import derive_seed, total
 from agentdistill.records import Json, Verdict
-from agentdistill.serving.protocol import total
 
-Place = Literal["after", "before"]
-
-_HEADING = (
-    "Episodes of other tasks in which somebody did well, for comparison. What was done is written "
-    "down as text; answer in the format that you were asked for."
-)
+_AS_TEXT = "What was done is written as text; answer in the way that you were told to."
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +47,13 @@ class Shown:
     """Which demonstrations are shown, and where."""
 
     def __init__(
-        self, demos: Demos, *, k: int = 6, window: int = 2, place: Place = "after"
+        self,
+        demos: Demos,
+        *,
+        k: int = 6,
+        window: int = 2,
+        place: Place = "after",
+        grammar: str | None = None,
     ) -> None:
         """``demos`` is the collection.
 
@@ -63,12 +64,14 @@ class Shown:
             place: ``after`` the history, chosen for what was heard last; or ``before`` it, chosen
                 for what was heard first, and so the same in every call of a conversation, as caches
                 of prompts want it.
+            grammar: in whose format they are written where the agent has no tools.
         """
         self.demos, self.k, self.window, self.place = demos, k, window, place
+        self.grammar = grammar
         self._openings = list(demos.openings())
         self._own = lru_cache(maxsize=1024)(self._of_the_same_task)
 
-    def add(self, messages: Sequence[Message]) -> tuple[list[Message], int]:
+    def add(self, messages: Sequence[Message], *, tools: bool = False) -> tuple[list[Message], int]:
         """``messages`` with what was found for them, and how many windows that are."""
         seen, goal = heard(messages), opening(messages)
         if not seen or not self.k:
@@ -84,7 +87,9 @@ class Shown:
         found = [match for match in found if match.trajectory not in own][: self.k]
         if not found:
             return list(messages), 0
-        return _with(messages, f"{_HEADING}\n\n{block(found)}", self.place), len(found)
+        text = block(found, grammar=None if tools else self.grammar)
+        told = (BEFORE, text, _AS_TEXT, AFTER) if tools else (BEFORE, text, AFTER)
+        return _with(messages, "\n\n".join(told), self.place), len(found)
 
     def _of_the_same_task(self, goal: str) -> frozenset[str]:
         """Episodes that began with what this conversation began with, line by line."""
@@ -167,7 +172,7 @@ class MessageCascade(Engine):
         """
         if n < 1:
             raise ValueError(f"n={n}: at least 1")
-        informed, windows = self.shown.add(messages) if self.shown else (list(messages), 0)
+        informed, windows = self._informed(messages, bool(tools))
         told = informed if self.teacher_demos else messages
         one = partial(self._decided, informed, told, sampling, tools, windows)
         seeds = [seed if number == 0 else derive_seed(seed, number) for number in range(n)]
@@ -177,6 +182,9 @@ class MessageCascade(Engine):
         finally:
             for task in tasks:
                 task.cancel()
+
+    def _informed(self, messages: Sequence[Message], tools: bool) -> tuple[Sequence[Message], int]:
+        return self.shown.add(messages, tools=tools) if self.shown else (messages, 0)
 
     async def _decided(
         self,
@@ -236,13 +244,13 @@ class MessageCascade(Engine):
             "agreement": round(decision.share, 4),
             "drafts": len(drawn),
             "demonstrations": windows,
-            "usage": {role: asdict(total(parts)) for role, parts in spent.items()},
+            "usage": {role: asdict(total(*parts)) for role, parts in spent.items()},
         }
         if decision.confidence is not None:
             told["confidence"] = round(decision.confidence, 4)
         values = {each.name: getattr(chosen, each.name) for each in fields(Sample)}
         whole = [usage for parts in spent.values() for usage in parts]
-        return Decided(**{**values, "usage": total(whole)}, told=told)
+        return Decided(**{**values, "usage": total(*whole)}, told=told)
 
     async def close(self) -> None:
         """Close both."""
@@ -286,19 +294,17 @@ def _task(messages: Sequence[Message]) -> str:
 
 
 def _with(messages: Sequence[Message], text: str, place: Place) -> list[Message]:
-    """``messages`` with ``text`` in the last user message, after what tools said, or in the first.
+    """``messages`` with ``text`` at the head of the last user message, or of the first one.
 
-    Not as a message of its own beside another one of the user: some templates refuse that.
+    After what tools said it is a message of its own; beside another one of the user it is not, as
+    some templates refuse that.
     """
     users = [number for number, message in enumerate(messages) if message.role == "user"]
-    if place == "before" and users:
-        first = messages[users[0]]
-        changed = replace(first, content=f"{text}\n\n{first.content}")
-        return [changed if n == users[0] else m for n, m in enumerate(messages)]
-    if messages[-1].role == "user":
-        last = messages[-1]
-        return [*messages[:-1], replace(last, content=f"{last.content}\n\n{text}")]
-    return [*messages, Message("user", text)]
+    at = users[0] if place == "before" and users else len(messages) - 1
+    if messages[at].role != "user":
+        return [*messages, Message("user", text)]
+    changed = replace(messages[at], content=f"{text}\n\n{messages[at].content}")
+    return [*messages[:at], changed, *messages[at + 1 :]]
 
 
 def _confidence(sample: Sample) -> float | None:

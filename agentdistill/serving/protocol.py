@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from agentdistill.engines.base import Message, Sample, Sampling
 from agentdistill.errors import AgentDistillError, BudgetError, EngineError, UnfitError
 from agentdistill.importing.lines import read_message
+from agentdistill.policy import total
 from agentdistill.records import Json, Usage
 
 IGNORED = frozenset({
@@ -325,7 +326,7 @@ def headers(answer: Mapping[str, Json]) -> dict[str, str]:
 
 def usage(parts: Sequence[Usage]) -> dict[str, Json]:
     """Token counts as OpenAI writes them: cached tokens are part of the prompt's."""
-    whole = total(parts)
+    whole = total(*parts)
     prompt = whole.input + whole.cache_read + whole.cache_write
     return {
         "prompt_tokens": prompt,
@@ -333,11 +334,6 @@ def usage(parts: Sequence[Usage]) -> dict[str, Json]:
         "total_tokens": prompt + whole.output,
         "prompt_tokens_details": {"cached_tokens": whole.cache_read},
     }
-
-
-def total(parts: Sequence[Usage]) -> Usage:
-    """The sum, class by class."""
-    return Usage(*map(sum, zip(*map(astuple, parts), strict=True))) if parts else Usage()
 
 
 def _choice(number: int, sample: Sample, asked: Asked) -> dict[str, Json]:

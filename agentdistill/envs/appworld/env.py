@@ -25,6 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from agentdistill import equivalence
 from agentdistill.envs.appworld import data, setup
 from agentdistill.envs.appworld.worlds import START, Nursery, World, nursery
 from agentdistill.envs.base import Availability, Card, Moved, TextEnv
@@ -260,6 +261,10 @@ class AppWorldEnv(TextEnv):
             return None
         code = data.solution(self._root, str(self.task.payload["task"]))
         return code if code and code not in self._actions else None
+
+    def meaning(self, action: str) -> str:
+        """The syntax tree of its code: comments and layout say nothing."""
+        return equivalence.code(read(action)[0] or action)
 
     def held_out(self, observation: str) -> bool:
         """Whether ``observation`` is the first one of a task outside the training split."""
