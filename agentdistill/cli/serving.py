@@ -54,6 +54,7 @@ def serve(
     if key_env is not None:
         guard(key_env)
     server.check_host(host, key)
+    recording = Recording(record) if record is not None else None
     with Run(load(config, overrides or ())) as run:
         serving = Serving(
             engine_of(run, policy),
@@ -61,7 +62,7 @@ def serve(
             sampling=Sampling(**run.config.sampling.model_dump()),
             key=key,
             limits=Limits(max_body, timeout, concurrency),
-            recording=Recording(record) if record is not None else None,
+            recording=recording,
         )
         bound = server.listen(host, port)
         name = f"[{host}]" if ":" in host else host

@@ -174,13 +174,12 @@ class Serving:
     def _admit(self, request: Request) -> None:
         """Refuse a wrong key; without one, a foreign host."""
         if self._key is None:
-            host = request.url.hostname or ""
-            if host not in _LOCAL:
+            if _host(request) not in _LOCAL:
                 remedy = "only this machine is answered without a key; serve with --key-env"
                 raise ApiError(403, remedy, kind="permission_error", code="foreign_host")
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode(), self._key.encode())
+        same = hmac.compare_digest(given.strip().encode("latin-1"), self._key.encode())
         if scheme.lower() != "bearer" or not same:
             raise ApiError(
                 401,
@@ -262,6 +261,14 @@ class Serving:
         except StoreError as error:
             self._unrecorded += 1
             _LOG.error("not recorded: %s", error)
+
+
+def _host(request: Request) -> str:
+    """Whom the client believes to talk to, "" where that is no name."""
+    try:
+        return request.url.hostname or ""
+    except ValueError:
+        return ""
 
 
 def _too_long(most: int) -> ApiError:

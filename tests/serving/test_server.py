@@ -305,14 +305,18 @@ def test_long_bodies_are_refused_and_the_connection_lives() -> None:
 
 
 def test_a_key_is_asked_for_and_compared() -> None:
-    key = "k-0123456789"
+    key = "k-0123456789-ä"
     with Running(Scripted(), key=key) as server:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {key}"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Basic k-0123456789"},
+        ):
             for path, body in (("/v1/chat/completions", chat("hi")), ("/v1/models", None)):
                 status, said_, sent = server.ask(body, path=path, headers=headers)
                 assert (status, said_["error"]["code"]) == (401, "invalid_api_key")
                 assert sent["www-authenticate"] == "Bearer"
-        right = {"Authorization": f"Bearer {key}", "Host": "models.example"}
+        right: Any = {"Authorization": f"Bearer {key}".encode(), "Host": "models.example"}
         assert server.ask(chat("hi"), headers=right)[0] == 200
         assert server.ask(path="/health")[0] == 200
 
@@ -321,7 +325,7 @@ def test_without_a_key_only_this_machine_is_answered() -> None:
     from agentdistill.serving.server import check_host, listen, read_key
 
     with Running(Scripted()) as server:
-        for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example"):
+        for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::1"):
             status, body, _ = server.ask(chat("hi"), headers={"Host": host})
             assert (status, body["error"]["code"]) == (403, "foreign_host")
         assert server.ask(chat("hi"), headers={"Host": f"localhost:{server.port}"})[0] == 200
