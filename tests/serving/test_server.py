@@ -325,10 +325,11 @@ def test_without_a_key_only_this_machine_is_answered() -> None:
     from agentdistill.serving.server import check_host, listen, read_key
 
     with Running(Scripted()) as server:
-        for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::1"):
+        for host in ("evil.example:80", "127.0.0.1.evil.example", "evil_host.example", "[::1", ""):
             status, body, _ = server.ask(chat("hi"), headers={"Host": host})
             assert (status, body["error"]["code"]) == (403, "foreign_host")
-        assert server.ask(chat("hi"), headers={"Host": f"localhost:{server.port}"})[0] == 200
+        for host in (f"localhost:{server.port}", "[::1]:80", "127.0.0.1"):
+            assert server.ask(chat("hi"), headers={"Host": host})[0] == 200
         with pytest.raises(ConfigError, match="cannot listen"):
             listen("127.0.0.1", server.port)
     for host in ("127.0.0.1", "::1", "localhost", "127.1.2.3"):
