@@ -57,5 +57,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); this takes a few minutes the first time."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
-	  -c constraints.txt -e ".[train,api,envs,dev]"
+	  -c constraints.txt -e ".[train,api,envs,serve,vllm,dev]"
 	@touch $@

@@ -318,17 +318,26 @@ class Run:
         from agentdistill.cascade import of_config
 
         said = said or self.config.policies[name]
-
-        def actor(name: str, role: str) -> Policy:
-            remote = isinstance(self.config.models.get(name), ApiModel)
-            return self.chatting(name, sampling, role) if remote else self.policy(name, sampling)
-
-        student = actor(said.student, "student")
-        teacher = actor(said.teacher, "teacher") if said.teacher else None
+        student = self.policy(said.student, sampling, "student")
+        teacher = self.policy(said.teacher, sampling, "teacher") if said.teacher else None
         stages = [stage.name for stage in self.config.stages]
         folder = self.folder(said.demos) if said.demos and said.demos in stages else None
         card, grammar = self.env.card, self.config.prompt.grammar
         return of_config(name, said, student, teacher, folder, card, grammar)
+
+    def answering(self, name: str, role: str = "student") -> Engine:
+        """The model or train stage called ``name``, as an engine that takes messages.
+
+        ``role`` is what a ledger books it as. Errors as in :meth:`voice` and of a provider.
+        """
+        if isinstance(self.config.models.get(name), ApiModel):
+            return self.providers.engine(name).in_role(role)
+        from agentdistill.engines.templated import TemplatedEngine
+
+        voice = self.voice(name)
+        voice.engine.wake()
+        tokenizer: Any = voice.tokenizer
+        return TemplatedEngine(voice.engine, tokenizer)
 
     def chatting(
         self, name: str, sampling: SamplingConfig | None = None, role: str = "student"

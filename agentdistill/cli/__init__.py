@@ -20,13 +20,14 @@ from agentdistill.cli import (
     probe,
     report,
     runs,
+    serving,
     setup,
 )
 from agentdistill.cli.base import app
 
 __all__ = [
     "app", "compare", "cost", "data", "diagnose", "importing", "lists", "main", "panels", "plan",
-    "probe", "report", "runs", "setup",
+    "probe", "report", "runs", "serving", "setup",
 ]  # fmt: skip
 
 

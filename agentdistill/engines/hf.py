@@ -36,7 +36,7 @@ from agentdistill.engines import forward
 from agentdistill.engines.base import Capabilities, Engine, Sample, Sampling, ScoreRequest, Scores
 from agentdistill.engines.batch import Batch, Request
 from agentdistill.engines.refill import open_kv
-from agentdistill.errors import EngineError
+from agentdistill.errors import EngineError, UnfitError
 from agentdistill.records import Usage
 
 PASSES = 2
@@ -123,7 +123,8 @@ class HFEngine(Engine):
         """Draw one response; see :meth:`Engine.generate`.
 
         Raises:
-            EngineError: the request cannot run (see its message), or its batch failed.
+            UnfitError: the request cannot run (see its message).
+            EngineError: its batch failed.
         """
         if self._closed:
             raise EngineError(f"engine {self.name!r} is closed")
@@ -131,7 +132,7 @@ class HFEngine(Engine):
         prompt = ids.tolist() if isinstance(ids, np.ndarray | Tensor) else list(ids)
         request = Request(prompt, sampling, seed, session, loop.create_future())
         if problem := self._problem(request):
-            raise EngineError(problem)
+            raise UnfitError(problem)
         self._away.discard(session or "")
         self._waiting.append(request)
         if self._task is None or self._task.done() or self._task.get_loop() is not loop:

@@ -29,7 +29,7 @@ from agentdistill.engines.base import Capabilities, Engine, Message, Sample, Sam
 from agentdistill.engines.client import OURS, client, until_the_end
 from agentdistill.engines.patience import Failure, Patience
 from agentdistill.engines.replies import Reply
-from agentdistill.errors import ConfigError, EngineError
+from agentdistill.errors import ConfigError, EngineError, UnfitError
 from agentdistill.records import Json, Usage, digest
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ class LiteLLMEngine(Engine):
     ) -> dict[str, Json]:
         """The request, without keys."""
         if tools and "tools" not in self._takes:
-            raise EngineError(f"{self.name} takes no tools; let it answer in text")
+            raise UnfitError(f"{self.name} takes no tools; let it answer in text")
         payload: dict[str, Any] = {
             "model": self.model,
             "messages": [_written(message) for message in messages],
