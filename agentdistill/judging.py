@@ -254,7 +254,7 @@ def _skills(the_run: Run, stage: TrainStage, axes: Axes) -> Skills | None:
         return None
     analyser: Analyser = Grounded()
     if stage.analyser not in (None, "grounded"):
-        loaded = the_run.voice(str(stage.analyser))
-        analyser = ChatAnalyser(loaded.engine, loaded.renderer)
+        engine = the_run.answering(str(stage.analyser), "analyser")
+        analyser = ChatAnalyser(engine, the_run.env.instruction)
     source = axes.reward.source if axes.reward.kind != "none" else "score"
     return Skills(SkillBank(axes.context.exploration), analyser, source)
