@@ -19,12 +19,13 @@ from agentdistill.cli import (
     report,
     runs,
     setup,
+    tune,
 )
 from agentdistill.cli.base import app
 
 __all__ = [
     "app", "compare", "data", "diagnose", "importing", "lists", "main", "panels", "plan", "report",
-    "runs", "setup",
+    "runs", "setup", "tune",
 ]  # fmt: skip
 
 
