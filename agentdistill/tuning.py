@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from agentdistill import costs
-from agentdistill.agreement import AGREEMENT
+from agentdistill.agreement import AGREEMENT, Rule
 from agentdistill.cascade import CascadePolicy
 from agentdistill.config import CascadeConfig, RunConfig
 from agentdistill.errors import ConfigError
@@ -147,6 +147,7 @@ def settings(
         wanted += [("random", chance, 1) for chance in chances]
         wanted.append(("always", None, 1))
         for rule, threshold, n in wanted:
+            Rule(rule, n, threshold)  # refuses what is no rule
             change = {"rule": rule, "threshold": threshold, "samples": n, "k": k}
             found.append(effective(_changed(base, change)))
     return [said for place, said in enumerate(found) if said not in found[:place]]
