@@ -22,12 +22,13 @@ from agentdistill.cli import (
     runs,
     serving,
     setup,
+    tune,
 )
 from agentdistill.cli.base import app
 
 __all__ = [
     "app", "compare", "cost", "data", "diagnose", "importing", "lists", "main", "panels", "plan",
-    "probe", "report", "runs", "serving", "setup",
+    "probe", "report", "runs", "serving", "setup", "tune",
 ]  # fmt: skip
 
 
