@@ -63,6 +63,8 @@ class Experience:
         if self.stage.data is None:
             return []
         episodes = self.context.episodes(self.stage.data)[: self.stage.limit]
+        if self.stage.hints == "drop":
+            episodes = [contexts.forget_hints(trajectory) for trajectory in episodes]
         if self.axes.actor == "data" and self.axes.context.reader == "actor":
             notes = self._notes(episodes, 0)
             episodes = [self._informed(*pair) for pair in zip(episodes, notes, strict=True)]

@@ -300,7 +300,8 @@ class Run:
 
         loaded = self.model(name)
         tokenizer: Any = loaded.tokenizer
-        return TemplatedEngine(loaded.engine, tokenizer)
+        own = loaded.engine.capabilities.text  # a server with the template on its side
+        return loaded.engine if own else TemplatedEngine(loaded.engine, tokenizer)
 
     def chatting(
         self, name: str, sampling: SamplingConfig | None = None, role: str = "student"

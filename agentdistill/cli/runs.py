@@ -152,7 +152,7 @@ def _run(
     if outcome.results:
         table = display.rows(outcome.results, outcome.stages, labels)
         print()
-        display.show(display.COLUMNS, [row.cells() for row in table])
+        display.results(table)
         print("\n".join(display.notes(table, outcome.results, config)))
     print(f"run: {outcome.path} ({seconds:.1f} s)")
 
@@ -325,5 +325,5 @@ def evaluate(
         return
     stages = {name: Run(loaded).done(name) or {} for name in loaded.evaluate.policies}
     table = display.rows(results, stages)
-    display.show(display.COLUMNS, [row.cells() for row in table])
+    display.results(table)
     print("\n".join(display.notes(table, results, loaded)))

@@ -170,6 +170,8 @@ class TrainStage(Section):
     analyser: str | None = None
     """Who writes skills (context skill): ``grounded`` (from what the environment did, no model), or
     a train stage or model."""
+    hints: Literal["keep", "drop"] = "keep"
+    """Whether the prompts of ``data`` keep the demonstrations that its actors were shown."""
     limit: int | None = Field(None, ge=1)
     """Use only so many episodes of ``data``."""
     iterations: int | None = Field(None, ge=1)

@@ -103,9 +103,9 @@ class TemplatedEngine(Engine):
         """See :meth:`Engine.generate`."""
         return await self.engine.generate(ids, sampling, seed=seed, session=session)
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
+    async def score(self, requests: Sequence[ScoreRequest], **options: Any) -> list[Scores]:
         """See :meth:`Engine.score`."""
-        return await self.engine.score(requests)
+        return await self.engine.score(requests, **options)
 
     async def chat(
         self,
