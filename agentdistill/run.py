@@ -337,7 +337,8 @@ class Run:
         voice = self.voice(name)
         voice.engine.wake()
         tokenizer: Any = voice.tokenizer
-        return TemplatedEngine(voice.engine, tokenizer)
+        own = voice.engine.capabilities.text  # a server with the template on its side
+        return voice.engine if own else TemplatedEngine(voice.engine, tokenizer)
 
     def chatting(
         self, name: str, sampling: SamplingConfig | None = None, role: str = "student"
