@@ -64,7 +64,6 @@ def _one(the_run: Run, name: str, ask: bool) -> Report:
         return wait(by_text(provider, name, f"api ({config.model})", ask=ask))
     voice = the_run.voice(name)
     engine = voice.engine
-    engine.wake()
     report = wait(by_ids(engine, voice.renderer.alone("?"), name, _kind(engine)))
     return replace(report, language=voice.renderer.fingerprint)
 

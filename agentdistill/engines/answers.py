@@ -13,7 +13,7 @@ import numpy as np
 
 from agentdistill.engines.base import Sample, ScoreRequest, Scores
 from agentdistill.errors import EngineError
-from agentdistill.records import Usage
+from agentdistill.records import FloatArray, Usage
 
 
 def sample(
@@ -43,9 +43,7 @@ def sample(
     if ids is None:
         raise EngineError("the server gives no token ids: it needs vLLM 0.10.2 or newer")
     if same is not None and list(same) != list(prompt):
-        raise EngineError(
-            "the server changed the prompt's token ids: it must take them as they are"
-        )
+        raise EngineError("the server changed the ids of the prompt, and must not")
     drawn = tuple(int(i) for i in ids)
     if choice.get("finish_reason") not in ("stop", "length") or not drawn:
         raise EngineError(f"the server broke off an answer ({choice.get('finish_reason')})")
@@ -89,6 +87,18 @@ def scores(answer: Mapping[str, Any], request: ScoreRequest, top_k: int = 0) -> 
     values = np.asarray([[each["logprob"] for _, each in row] for row in best], np.float32)
     shape = (len(rows), top_k)
     return Scores(logp, None, ids.reshape(shape), values.reshape(shape))
+
+
+def likeliest(answer: Mapping[str, Any], k: int) -> FloatArray:
+    """The ``k`` largest log-probabilities at every sampled position [N, k], largest first.
+
+    Raises:
+        EngineError: there are fewer.
+    """
+    rows = (_choice(answer).get("logprobs") or {}).get("top_logprobs") or []
+    if not rows or any(len(row) < k for row in rows):
+        raise EngineError(f"the server gives fewer than {k} alternatives of its samples")
+    return np.asarray([sorted(row.values(), reverse=True)[:k] for row in rows], np.float32)
 
 
 def _choice(answer: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -72,7 +72,9 @@ async def by_ids(engine: Engine, prompt: Sequence[int], name: str, kind: str) ->
     Raises:
         EngineError: it does not even answer, or gives different scores for the same ids.
     """
-    began, promised = time.monotonic(), engine.capabilities
+    began = time.monotonic()
+    engine.wake()
+    promised = engine.capabilities
     sample = await engine.generate(prompt, Sampling(max_tokens=8), seed=1)
     report = Report(name, kind, replace(promised, ids=True, sampled=False, top_k=0, text=False))
     whole = [*prompt, *sample.ids]

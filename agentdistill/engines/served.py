@@ -6,8 +6,8 @@ Invariants
   (:meth:`ServedEngine.publish`), or when another model of this process had it in between.
 * Weights travel through a folder that both sides see: complete or not there, named by version, and
   removed once the next one is in use.
-* What travelled is proved: what the server draws after a probe must have the log-probabilities that
-  the weights in this process give it, or nothing else is drawn.
+* What travelled is proved: after a probe, the likeliest tokens must have the log-probabilities that
+  the weights in this process give them, or nothing else is drawn.
 * Versions on samples are those of the trainer.
 """
 
@@ -34,14 +34,17 @@ from agentdistill.records import FloatArray
 Write = Callable[[Path], None]
 """Writes the present weights into a folder that does not exist yet."""
 
-Local = Callable[[ScoreRequest], FloatArray]
-"""Log-probabilities of a request by the weights in this process [N]."""
+Local = Callable[[ScoreRequest, int], FloatArray]
+"""The k largest log-probabilities at each position of a request, by the weights here [N, k]."""
 
 _HELD: dict[str, tuple[object, int]] = {}
 """By server: whose weights, in which version, it has by path (a server has one set of them)."""
 
 _PROOF = 16
 """Tokens that are drawn to prove that weights have arrived."""
+
+_ALTERNATIVES = 5
+"""And how many alternatives to each are compared."""
 
 _DEV = "start the server with VLLM_SERVER_DEV_MODE=1"
 _LORA = "start the server with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
@@ -66,6 +69,10 @@ class Courier(ABC):
     @abstractmethod
     def has(self, version: int) -> bool:
         """Whether the server has ``version`` of these weights now."""
+
+    @abstractmethod
+    def doubt(self) -> None:
+        """Nobody knows what the server has."""
 
     @abstractmethod
     def load(self, path: str, version: int) -> str | None:
@@ -117,9 +124,13 @@ class ByPath(Courier):
         """Whether they are what was last read there (by anybody in this process)."""
         return _HELD.get(self.endpoint.url) == (self, version)
 
+    def doubt(self) -> None:
+        """Also for others who have brought it theirs."""
+        _HELD.pop(self.endpoint.url, None)
+
     def load(self, path: str, version: int) -> None:
         """Pause, reload, reset, resume; resumes whatever happens."""
-        _HELD.pop(self.endpoint.url, None)
+        self.doubt()
         self._command("/pause?mode=wait", None, _DEV)
         try:
             reload = {"method": "reload_weights", "kwargs": {"weights_path": path}}
@@ -139,6 +150,10 @@ class ByAdapter(Courier):
     def has(self, version: int) -> bool:
         """Whether they were the last that we loaded."""
         return self._version == version
+
+    def doubt(self) -> None:
+        """The adapter is loaded, and not what it should be."""
+        self._version = None
 
     def load(self, path: str, version: int) -> str:
         """Load the new adapter, then drop the old one."""
@@ -185,7 +200,7 @@ class ServedEngine(VLLMEngine):
             tokenizer: of the model.
             courier: how weights get there.
             write: writes the present weights.
-            local: scores by the present weights.
+            local: says how likely the likeliest tokens are by the present weights.
             probe: a prompt that the server answers after every journey.
             tolerance: largest mean difference of what both sides give its tokens, in nats.
             options: of :class:`VLLMEngine`.
@@ -222,16 +237,24 @@ class ServedEngine(VLLMEngine):
             self._prove()
 
     def _prove(self) -> None:
-        """What the server draws after the probe must be as likely to us as it is to the server."""
+        """After a probe, the likeliest tokens must be as likely there as they are here.
+
+        The likeliest alone would not do: a trained model is sure of it whatever else is wrong.
+        """
         greedy = Sampling(temperature=0.0, max_tokens=_PROOF)
-        payload = {**self._asking(self._probe, greedy, 0), "cache_salt": uuid.uuid4().hex}
+        payload = {
+            **self._asking(self._probe, greedy, 0),
+            "logprobs": _ALTERNATIVES,
+            "return_tokens_as_token_ids": True,
+            "cache_salt": uuid.uuid4().hex,
+        }
         answer = self.endpoint.call(COMPLETIONS, payload)
         drawn = answers.sample(answer, self._probe, self._decode, frozenset(), self.version, False)
         start, whole = len(self._probe), [*self._probe, *drawn.ids]
-        ours = self._local(ScoreRequest(whole, range(start, len(whole))))
-        gap = float(np.abs(ours - np.asarray(drawn.logp)).mean())
+        ours = self._local(ScoreRequest(whole, range(start, len(whole))), _ALTERNATIVES)
+        gap = float(np.abs(ours - answers.likeliest(answer, _ALTERNATIVES)).mean())
         if not gap <= self._tolerance:
-            _HELD.pop(self.endpoint.url, None)
+            self._courier.doubt()
             raise EngineError(
                 f"{self.endpoint.url} has read version {self.version} of {self.name} and still "
                 f"says something else (by {gap:.3g} nats a token, tolerance {self._tolerance:g}): "

@@ -56,8 +56,10 @@ def serve(
     name = "".join(letter if letter.isalnum() else "-" for letter in here.name)
     courier = way(endpoint, Path(config.folder), config.seen_as, name)
 
-    def said(request: ScoreRequest) -> FloatArray:
-        return here.score_now([request])[0].logp
+    def said(request: ScoreRequest, k: int) -> FloatArray:
+        (scores,) = here.score_now([request], k)
+        assert scores.top_logp is not None  # because k > 0
+        return scores.top_logp
 
     return ServedEngine(
         endpoint,

@@ -234,7 +234,7 @@ def _served(server: Server, model: Any, tokenizer: Any, courier: Any) -> tuple[A
         tokenizer,
         courier,
         lambda folder: local.save_served(model, tokenizer, folder),
-        lambda request: here.score_now([request])[0].logp,
+        lambda request, k: here.score_now([request], k)[0].top_logp,
         probe=[7, 8, 9],
     )
     return engine, here
