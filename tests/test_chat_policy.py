@@ -312,7 +312,7 @@ def test_episodes_through_faults_lose_nothing(
             assert the_run.providers.engine("teacher") is the_run.providers.engine("teacher")
             wanted = [Request(TASK, seed) for seed in range(12)]
             found = run(rollout(policy, Corridor, wanted))
-            with pytest.raises(ConfigError, match="cannot score tokens"):
+            with pytest.raises(ConfigError, match="has no weights here"):
                 the_run.model("teacher")
     assert [one.end for one in found] == ["success"] * 12
     assert not any(one.faults for one in found) and all(one.env_steps == 3 for one in found)
