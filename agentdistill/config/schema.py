@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
-from agentdistill.config.api import ApiModel, BudgetConfig, PriceConfig
+from agentdistill.config.api import ApiModel, BudgetConfig
+from agentdistill.config.models import ModelConfig, TinyModel, tag
 from agentdistill.config.policies import CascadeConfig
 from agentdistill.config.prompts import PROMPTS, PromptConfig, Section, prompt
-from agentdistill.config.servers import ServerConfig, VllmModel
+from agentdistill.config.servers import VllmModel
 from agentdistill.errors import ConfigError
 from agentdistill.records import digest
 
@@ -41,87 +42,6 @@ class SamplingConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     max_tokens: int = Field(64, ge=1)
-
-
-class TokenizerConfig(Section):
-    """The tokenizer that a ``tiny`` model trains for itself."""
-
-    vocabulary: int = Field(1024, ge=300)
-    """At most so many tokens."""
-    episodes: int = Field(400, ge=1)
-    """Random and expert episodes that make up its corpus."""
-
-
-class LoraConfig(Section):
-    """Low-rank adapters (peft)."""
-
-    rank: int = Field(16, ge=1)
-    alpha: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: str | list[str] = "all-linear"
-
-
-class TinyModel(Section):
-    """A Qwen3 architecture from scratch, with a tokenizer trained on the environment's texts."""
-
-    kind: Literal["tiny"] = "tiny"
-    hidden: int = Field(64, ge=8)
-    layers: int = Field(2, ge=1)
-    heads: int = Field(2, ge=1)
-    feed_forward: int | None = None
-    """None takes three times ``hidden``."""
-    init_std: float = Field(0.05, gt=0)
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    server: ServerConfig | None = None
-    """Where its responses are drawn; None: in this process."""
-    price: PriceConfig | None = None
-    """What it would cost behind an API, for results; None: it has no price."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> TinyModel:
-        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            sizes = f"hidden={self.hidden}, heads={self.heads}"
-            raise ValueError(f"{sizes}: hidden / heads must be an even whole number")
-        return self
-
-
-class LocalModel(Section):
-    """Any transformers causal LM, by folder or hub id."""
-
-    kind: Literal["local"] = "local"
-    path: str
-    """Folder or hub id."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """``auto``: float32 on a CPU, bfloat16 on a GPU (trained through float32 masters)."""
-    device: str = "auto"
-    """``auto``: the first GPU, else the CPU."""
-    attention: str | None = None
-    """Attention implementation of transformers, such as ``flash_attention_2``."""
-    lora: LoraConfig | None = None
-    """None trains all weights."""
-    revision: str | None = None
-    server: ServerConfig | None = None
-    """Where its responses are drawn; None: in this process."""
-    price: PriceConfig | None = None
-    """What it would cost behind an API, for results; None: it has no price."""
-
-
-def _tag(key: str, default: str) -> Discriminator:
-    """Which member of a union a mapping is meant to be: its ``key``, else ``default``."""
-
-    def read(value: Any) -> Any:
-        return value.get(key, default) if isinstance(value, Mapping) else getattr(value, key, None)
-
-    return Discriminator(read)
-
-
-ModelConfig = Annotated[
-    Annotated[TinyModel, Tag("tiny")]
-    | Annotated[LocalModel, Tag("local")]
-    | Annotated[ApiModel, Tag("api")]
-    | Annotated[VllmModel, Tag("vllm")],
-    _tag("kind", "tiny"),
-]
 
 
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
@@ -224,7 +144,7 @@ class TrainStage(Section):
 
 StageConfig = Annotated[
     Annotated[CollectStage, Tag("collect")] | Annotated[TrainStage, Tag("train")],
-    _tag("do", "train"),
+    tag("do", "train"),
 ]
 
 
