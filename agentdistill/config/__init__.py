@@ -1,8 +1,8 @@
 """The one configuration object: everything a run does, checked before it starts.
 
-``schema.py`` has the sections; of these, ``models.py`` those of models, ``api.py`` and ``servers.py``
-models elsewhere and what they may cost, ``policies.py`` policies made of others, ``prompts.py`` how
-episodes are shown. ``loading.py`` is the way from a file to the object.
+``schema.py`` has the sections; of these, ``models.py`` those of models, ``api.py`` and
+``servers.py`` models elsewhere and what they may cost, ``policies.py`` policies made of others,
+``prompts.py`` how episodes are shown. ``loading.py`` is the way from a file to the object.
 """
 
 from agentdistill.config.api import ApiModel, BudgetConfig, PriceConfig
