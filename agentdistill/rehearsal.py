@@ -14,10 +14,12 @@ from typing import Any
 from agentdistill.config import (
     CollectStage,
     LocalModel,
+    ModelConfig,
     RunConfig,
     StageConfig,
     TinyModel,
     TokenizerConfig,
+    VllmModel,
     load,
 )
 
@@ -69,10 +71,7 @@ def rehearse(config: RunConfig) -> RunConfig:
     world = WORLDS.get(config.env.id, ELSEWHERE)
     values = config.model_dump()
     values.update(name=f"{config.name}-rehearsal", workers=1, concurrency=world.at_once)
-    values["models"] = {
-        name: TINY if isinstance(model, LocalModel) else model
-        for name, model in config.models.items()
-    }
+    values["models"] = {name: _model(model) for name, model in config.models.items()}
     values["stages"] = [_stage(stage) for stage in config.stages]
     _at_most(values["sampling"], max_tokens=TOKENS)
     values["env"]["options"] = {**config.env.options, **world.options}
@@ -82,6 +81,13 @@ def rehearse(config: RunConfig) -> RunConfig:
     if config.evaluate.panel is not None:
         values["evaluate"]["panel"] = None  # its tasks are those of the official data
     return load(values)
+
+
+def _model(model: ModelConfig) -> ModelConfig:
+    """``model``, or a random one in its place; nothing is on a server."""
+    if isinstance(model, LocalModel | VllmModel):
+        return TINY
+    return model.model_copy(update={"server": None}) if isinstance(model, TinyModel) else model
 
 
 def _stage(stage: StageConfig) -> dict[str, Any]:
@@ -119,7 +125,7 @@ def changes(before: RunConfig, after: RunConfig) -> list[str]:
 def _facts(config: RunConfig) -> dict[str, Any]:
     """What ``config`` says, with a model as one fact."""
     models = {
-        name: model.path if isinstance(model, LocalModel) else "a random model"
+        name: getattr(model, "path", None) or getattr(model, "base_url", None) or "a random model"
         for name, model in config.models.items()
     }
     return {**config.model_dump(), "models": models}
