@@ -65,6 +65,9 @@ def calls(trajectory: Trajectory) -> list[Call]:
         asked = {call.actor for call in drawn}
         if own.usage != Usage():
             drawn = [*drawn, own] if own.actor not in asked else [own, *drawn]
+        # One request may have drawn several answers: its prompt counts with one of them.
+        order = list(dict.fromkeys(call.actor for call in drawn))
+        drawn.sort(key=lambda call: (order.index(call.actor), -prompt_of(call.usage)))
         seen: set[str] = set()
         for call in drawn:
             found.append(replace(call, again=call.actor in seen))
