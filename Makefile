@@ -10,10 +10,10 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format coverage bench clean
+.PHONY: help setup quickstart test test-vllm check format coverage bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## make the environment (.venv, or VENV=...)
 
@@ -22,6 +22,10 @@ quickstart: $(READY) ## train, distil and evaluate a tiny agent
 
 test: $(READY) ## run the fast tests (PYTEST_ARGS=... to choose others)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-vllm: $(READY) ## run the tests against a real vLLM server (sets it up: 3.4 GB, once)
+	@$(BIN)/agentdistill setup vllm
+	@$(BIN)/python -m pytest -m vllm -p no:xdist -s
 
 check: $(READY) ## lint, formatting, types, layers
 	$(BIN)/ruff check
@@ -53,5 +57,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); this takes a few minutes the first time."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input \
-	  -c constraints.txt -e ".[train,envs,dev]"
+	  -c constraints.txt -e ".[train,api,envs,serve,vllm,dev]"
 	@touch $@

@@ -117,18 +117,20 @@ def evaluate(
     policy: str,
     mode: str = "sampled",
     overrides: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Let one policy of ``config`` (a stage, model, ``expert`` or ``random``) play the panel."""
+    from agentdistill.callbacks import Callbacks
     from agentdistill.evaluation import evaluate as play
     from agentdistill.evaluation import modes
     from agentdistill.recipe import validate
 
     loaded = load(config, overrides)
     section = loaded.evaluate.model_copy(update={"policies": [policy]})
-    the_run = validate(loaded.model_copy(update={"evaluate": section}))
     known = modes(policy, loaded)
-    only = known[0] if known == ["-"] or policy in loaded.policies else mode
-    return play(the_run, policy, only, section)
+    how = known[0] if known == ["-"] or policy in loaded.policies else mode
+    with validate(loaded.model_copy(update={"evaluate": section})) as the_run:
+        return play(the_run, policy, how, section, Callbacks(callbacks))
 
 
 def compare(

@@ -8,8 +8,9 @@ always written, by the process that runs the stage.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from agentdistill.files import refusing, write_text
 
 class Callback:
     """Override what you need; everything does nothing by default."""
+
+    def on_probe(self, lines: Sequence[str]) -> None:
+        """What models on servers and behind APIs were found to give, a line each."""
 
     def on_stage_start(self, stage: StageConfig, folder: Path, iteration: int) -> None:
         """``stage`` begins (or goes on) at ``iteration``; its files are in ``folder``."""
@@ -31,6 +35,16 @@ class Callback:
     def on_stage_end(self, stage: StageConfig, summary: Mapping[str, Any]) -> None:
         """``stage`` is complete."""
 
+    def on_episode(self, name: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """An episode of a collect stage's batch or of an evaluation ended.
+
+        Args:
+            name: of the stage; ``policy (mode)`` in an evaluation.
+            done: episodes that have ended.
+            total: episodes of the batch or the panel.
+            metrics: what was spent so far, where a provider is called.
+        """
+
 
 class Callbacks(Callback):
     """Several callbacks as one."""
@@ -38,6 +52,11 @@ class Callbacks(Callback):
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         """Call all of ``callbacks``, in order."""
         self._callbacks = callbacks
+
+    def on_probe(self, lines: Sequence[str]) -> None:
+        """Tell everybody."""
+        for callback in self._callbacks:
+            callback.on_probe(lines)
 
     def on_stage_start(self, stage: StageConfig, folder: Path, iteration: int) -> None:
         """Tell everybody."""
@@ -55,6 +74,19 @@ class Callbacks(Callback):
         """Tell everybody."""
         for callback in self._callbacks:
             callback.on_stage_end(stage, summary)
+
+    def on_episode(self, name: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """Tell everybody."""
+        for callback in self._callbacks:
+            callback.on_episode(name, done, total, metrics)
+
+
+def counting(
+    callback: Callback, name: str, total: int, metrics: Callable[[], Mapping[str, Any]]
+) -> Callable[[object], None]:
+    """Tells ``callback`` of an episode each time it is called: an ``on_end`` for rollouts."""
+    numbers = itertools.count(1)
+    return lambda _: callback.on_episode(name, next(numbers), total, metrics())
 
 
 class JsonLines(Callback):

@@ -11,14 +11,14 @@ import json
 import time
 from typing import Any
 
-from agentdistill.callbacks import Callback
+from agentdistill.callbacks import Callback, counting
 from agentdistill.config import CollectStage
 from agentdistill.errors import ConfigError
 from agentdistill.files import write_text
 from agentdistill.metrics import of_trajectories
 from agentdistill.policy import FirstThought, ModelPolicy, Policy, derive_seed
 from agentdistill.records import Trajectory
-from agentdistill.rollout import Request, rollout, run
+from agentdistill.rollout import Request, rollout, run, sound
 from agentdistill.run import Run
 from agentdistill.store import Store
 from agentdistill.tasks import TaskStream
@@ -58,14 +58,17 @@ def collect(the_run: Run, stage: CollectStage, callback: Callback) -> dict[str, 
                     max_turns=config.env.max_turns,
                     limits=config.limits,
                     admissible=config.prompt.lists_admissible,
+                    on_end=counting(callback, stage.name, len(requests), the_run.providers.spent),
                     pool=the_run.pool,
                 )
             )
+            sound(trajectories, stage.max_fault_rate)
             chosen = [t for t in trajectories if keep(the_run, stage, t)]
             chosen = chosen[: stage.episodes - kept]
             kept, played = kept + len(chosen), played + len(trajectories)
             shard = store.write(stage.name, n, chosen)
             metrics = {**of_trajectories(trajectories), "kept": kept, "played": played}
+            metrics.update(the_run.providers.spent())
             callback.on_iteration(stage, n, metrics, min(1.0, kept / stage.episodes))
             info = {"kept": len(chosen), "played": len(trajectories)}
             store.commit(stage.name, n, [shard], info)
@@ -91,7 +94,7 @@ def collect(the_run: Run, stage: CollectStage, callback: Callback) -> dict[str, 
 
 def _policy(the_run: Run, stage: CollectStage) -> Policy:
     """Who plays; with ``first_thought`` it thinks before it acts."""
-    policy = the_run.policy(stage.policy, stage.sampling)
+    policy = the_run.policy(stage.policy, stage.sampling, "teacher")
     if not stage.first_thought:
         return policy
     if not isinstance(policy, ModelPolicy):

@@ -55,6 +55,10 @@ class EngineError(AgentDistillError, RuntimeError):
     exit_code = 4
 
 
+class UnfitError(EngineError):
+    """A request that this engine can never answer: whoever asks has to change it."""
+
+
 class StoreError(AgentDistillError, OSError):
     """The run directory cannot be read or written (disk full, foreign files, permissions)."""
 

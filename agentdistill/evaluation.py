@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from agentdistill import costs
+from agentdistill.callbacks import Callback, counting
 from agentdistill.cascade import CascadePolicy
 from agentdistill.config import EvaluateConfig, RunConfig, SamplingConfig
 from agentdistill.metrics import Interval, of_trajectories, wilson
@@ -22,6 +23,8 @@ from agentdistill.records import Task, Trajectory, digest
 from agentdistill.rollout import rollout, run
 from agentdistill.run import Loaded, Run
 from agentdistill.wording import Wording
+
+SILENT = Callback()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +95,17 @@ def modes(name: str, config: RunConfig) -> list[str]:
     return ["sampled"] if name in config.policies else list(dict.fromkeys(config.evaluate.modes))
 
 
-def evaluate(the_run: Run, name: str, mode: str, config: EvaluateConfig | None = None) -> Result:
+def evaluate(
+    the_run: Run,
+    name: str,
+    mode: str,
+    config: EvaluateConfig | None = None,
+    callback: Callback = SILENT,
+) -> Result:
     """Let the policy called ``name`` play the panel in ``mode``."""
     config = config or the_run.config.evaluate
-    return play(the_run, the_run.policy(name, _sampling(the_run, mode)), mode, config)
+    policy = the_run.policy(name, _sampling(the_run, mode))
+    return play(the_run, policy, mode, config, callback=callback)
 
 
 def play(
@@ -104,21 +114,27 @@ def play(
     mode: str,
     config: EvaluateConfig,
     panel: Panel | None = None,
+    callback: Callback = SILENT,
 ) -> Result:
-    """Let a policy, or a model that is at hand, play ``panel``, or that of ``config``."""
+    """Let a policy, or a model that is at hand, play ``panel``, or that of ``config``.
+
+    ``callback`` is told of every episode that ends.
+    """
     if panel is None:
         panel = of_config(the_run.config, config, the_run.env)
     if isinstance(player, Loaded):
         player = the_run.acting(player, _sampling(the_run, mode))
-    samples = config.samples if mode == "sampled" else 1
+    requests = panel.requests(config.samples if mode == "sampled" else 1)
+    title = player.name if mode == "-" else f"{player.name} ({mode})"
     trajectories = run(
         rollout(
             player,
             the_run.make_env,
-            panel.requests(samples),
+            requests,
             concurrency=config.concurrency,
             max_turns=the_run.config.env.max_turns,
             limits=the_run.config.limits,
+            on_end=counting(callback, title, len(requests), the_run.providers.spent),
             pool=the_run.pool,
         )
     )
@@ -130,7 +146,7 @@ def play(
 def _spent(the_run: Run, player: Policy, played: Sequence[Trajectory], found: Result) -> Result:
     """``found`` with what it took: tokens, money, and how often a teacher was asked."""
     tokens = costs.tokens(played)
-    prices = {name: the_run.price(name) for name in tokens}
+    prices = {name: the_run.providers.price(name) for name in tokens}
     prompts = partial(prompt, Wording(the_run.config.prompt, the_run.env.instruction))
     cost = costs.per_episode(played, prices, prompts) if tokens else None
     found = replace(found, tokens=tokens, cost=cost)

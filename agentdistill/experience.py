@@ -16,17 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from agentdistill import contexts
 from agentdistill.config import TrainStage
-from agentdistill.errors import EnvError
 from agentdistill.methods.space import Axes
 from agentdistill.policy import derive_seed
 from agentdistill.records import Start, Task, Trajectory
 from agentdistill.render import materialise
-from agentdistill.rollout import Request, rollout, run
+from agentdistill.rollout import Request, rollout, run, sound
 from agentdistill.store import ShardRef, Store
 from agentdistill.tasks import TaskStream, recorded
 
 if TYPE_CHECKING:
-    from agentdistill.run import Loaded, Run
+    from agentdistill.run import Loaded, Run, Voice
 
 Notes = Callable[[Sequence[Trajectory], int], list[str | None]]
 """(trajectories, iteration) → the note about each, None where none can be written."""
@@ -41,7 +40,7 @@ class Experience:
         stage: TrainStage,
         axes: Axes,
         student: Loaded,
-        teacher: Loaded | None,
+        teacher: Voice | None,
         store: Store,
         notes: Notes,
     ) -> None:
@@ -92,6 +91,10 @@ class Experience:
         tasks = {t.task.key: t.task for t in self.context.episodes(self.stage.guide)}
         return TaskStream.of_list(list(tasks.values()), self.seed)
 
+    def follow(self, axes: Axes) -> None:
+        """Go on at ``axes``, whose schedules may have moved any number."""
+        self.axes = axes
+
     # -- one iteration ----------------------------------------------------------------------------
 
     def plays(self, n: int) -> bool:
@@ -131,7 +134,7 @@ class Experience:
     def _collect(self, n: int) -> list[Trajectory]:
         """The episodes of iteration n: of so many tasks, or until so many turns were acted."""
         if self.stage.turns is None:
-            return self._checked(self._play(self._requests(n, self.stage.tasks)))
+            return sound(self._play(self._requests(n, self.stage.tasks)), self.stage.max_fault_rate)
         each = self.stage.samples * self._longest(n)
         played: list[Trajectory] = []
         left = self.stage.turns
@@ -142,7 +145,7 @@ class Experience:
             left -= acted
             if not acted:
                 break
-        return self._checked(played)
+        return sound(played, self.stage.max_fault_rate)
 
     def _longest(self, n: int) -> int:
         """Turns that an episode of iteration n can have at most."""
@@ -203,7 +206,7 @@ class Experience:
         return Start(chosen, f"{self.stage.guide}/{guide.id}"), expected, found.horizon
 
     @property
-    def _actor(self) -> Loaded:
+    def _actor(self) -> Voice:
         taught = self.axes.actor == "teacher" and self.teacher is not None
         return self.teacher if taught and self.teacher else self.student
 
@@ -233,17 +236,6 @@ class Experience:
                 grammar=config.prompt.grammar,
             )
         )
-
-    def _checked(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """``trajectories``, unless too many of them ended in a fault."""
-        faulty = [t for t in trajectories if t.faults]
-        if len(faulty) > self.stage.max_fault_rate * len(trajectories):
-            first = faulty[0].faults[0]
-            raise EnvError(
-                f"{len(faulty)} of {len(trajectories)} episodes ended in a fault, more than "
-                f"max_fault_rate={self.stage.max_fault_rate}; first: {first.kind}: {first.message}"
-            )
-        return trajectories
 
     # -- group edits ------------------------------------------------------------------------------
 

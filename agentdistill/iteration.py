@@ -61,7 +61,7 @@ class Training:
         self.seed = derive_seed(the_run.config.seed, "stage", stage.name)
         self.student = the_run.model(stage.init or stage.model)
         self.student.name = self.student.engine.name = stage.name
-        self.teacher = the_run.model(stage.teacher) if stage.teacher else None
+        self.teacher = the_run.voice(stage.teacher) if stage.teacher else None
         guide = by_task(the_run.episodes(stage.guide)) if stage.guide else {}
         self.judges = Judges(the_run, stage, self.axes, self.student, self.teacher, guide)
         if self.judges.skills is not None and stage.data is not None:
@@ -147,7 +147,8 @@ class Training:
         """Generate, score, update, commit."""
         clock = _Clock()
         values = {key: c.value(self._progress()) for key, c in self.controllers.items()}
-        axes = self.experience.axes = self.axes.at(values)
+        axes = self.axes.at(values)
+        self.experience.follow(axes)
         self.judges.follow(axes)
         self.judges.before(n)
         trajectories, shards = self.experience.of(n)

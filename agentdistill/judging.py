@@ -14,21 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 from agentdistill import contexts
 from agentdistill.config import TrainStage
+from agentdistill.engines.forward import vocabulary
 from agentdistill.errors import ConfigError
 from agentdistill.methods import compile as plan
+from agentdistill.methods import needs
 from agentdistill.methods.space import Axes, ContextAxis
 from agentdistill.policy import derive_seed
 from agentdistill.records import Trajectory
 from agentdistill.rollout import run as wait
+from agentdistill.run import Loaded, Voice
 from agentdistill.skills import Analyser, ChatAnalyser, Grounded, SkillBank
 from agentdistill.table import Table
-from agentdistill.teachers.scorer import LocalScorer
+from agentdistill.teachers.remote import RemoteScorer
+from agentdistill.teachers.scorer import LocalScorer, Scorer
 from agentdistill.teachers.selves import SelfScorer, silent
 from agentdistill.teachers.stored import StoredScorer, weights_identity
 from agentdistill.views import within
 
 if TYPE_CHECKING:
-    from agentdistill.run import Loaded, Run
+    from agentdistill.run import Run
 
 Guide = Mapping[str, Sequence[Trajectory]]
 """Demonstrations by task key."""
@@ -43,7 +47,7 @@ class Judges:
         stage: TrainStage,
         axes: Axes,
         student: Loaded,
-        teacher: Loaded | None,
+        teacher: Voice | None,
         guide: Guide,
     ) -> None:
         """Build the judges; copies of the student are taken now, at its start."""
@@ -54,7 +58,7 @@ class Judges:
         self.base = self._base(the_run)
         self.skills = _skills(the_run, stage, axes)
 
-    def _teacher(self, the_run: Run, teacher: Loaded | None) -> LocalScorer | None:
+    def _teacher(self, the_run: Run, teacher: Voice | None) -> Scorer | None:
         axis = self.axes.scorer
         if not self.axes.scores:
             return None
@@ -63,6 +67,9 @@ class Judges:
             return SelfScorer(plan.TEACHER, model, axis.update, every=axis.every, rate=axis.rate)
         assert teacher is not None  # a constraint, checked when the configuration was read
         self._same_language(teacher, "teacher")
+        if not isinstance(teacher, Loaded):
+            size, top_k = vocabulary(self.student.model), needs.top_k(self.axes)
+            return RemoteScorer(plan.TEACHER, teacher.engine, size, top_k)
         scorer = LocalScorer(plan.TEACHER, teacher.model)
         if not axis.stored:
             return scorer
@@ -78,7 +85,7 @@ class Judges:
         self._same_language(loaded, "base")
         return LocalScorer(plan.BASE, loaded.model)
 
-    def _same_language(self, other: Loaded, key: str) -> None:
+    def _same_language(self, other: Voice, key: str) -> None:
         """Judge and student must read the same ids (K1), or the comparison means nothing."""
         if other.renderer.fingerprint != self.student.renderer.fingerprint:
             raise ConfigError(
@@ -247,7 +254,7 @@ def _skills(the_run: Run, stage: TrainStage, axes: Axes) -> Skills | None:
         return None
     analyser: Analyser = Grounded()
     if stage.analyser not in (None, "grounded"):
-        loaded = the_run.model(str(stage.analyser))
-        analyser = ChatAnalyser(loaded.engine, loaded.renderer)
+        engine = the_run.answering(str(stage.analyser), "analyser")
+        analyser = ChatAnalyser(engine, the_run.env.instruction)
     source = axes.reward.source if axes.reward.kind != "none" else "score"
     return Skills(SkillBank(axes.context.exploration), analyser, source)

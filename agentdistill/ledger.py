@@ -156,7 +156,7 @@ class Ledger:
         self,
         path: Path | None,
         limits: SpendLimits = SpendLimits(),  # noqa: B008  (frozen)
-        prices: Mapping[str, Price] | None = None,
+        prices: Mapping[str, Price | None] | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -165,7 +165,8 @@ class Ledger:
         Args:
             path: the file, shared with any number of processes; None keeps all in memory.
             limits: of the whole file, what is in it already included.
-            prices: per million tokens, by the name of the model; they go before litellm's table.
+            prices: per million tokens, by the name of the model, None for one that is in no table;
+                they go before litellm's.
             clock: seconds that only grow.
 
         Raises:
@@ -302,7 +303,7 @@ class Ledger:
         return waits
 
     def _refusal(self, name: str, message: str) -> BudgetError:
-        return BudgetError(f"limits.{name}", getattr(self.limits, name), message)
+        return BudgetError(f"budget.{name}", getattr(self.limits, name), message)
 
     def _held(self) -> Iterable[Spend]:
         yield from (call.reserved for call in self._open.values())

@@ -196,7 +196,7 @@ class Player:
             actions=parsed.actions or ("",),
             results=results,
             verdict=verdict,
-            stop=response.sample.stop if response.sample else "none",
+            stop=response.sample.stop if response.sample else response.stop,
             reward=sum(result.reward for result in results),
             usage=response.usage,
             span=self._tokens_of(response),

@@ -109,11 +109,12 @@ class Quote:
 class Prices:
     """Finds the price of a model."""
 
-    def __init__(self, configured: Mapping[str, Price] | None = None) -> None:
-        """``configured`` goes before every table."""
+    def __init__(self, configured: Mapping[str, Price | None] | None = None) -> None:
+        """``configured`` goes before every table; None there: no table knows this model."""
         given = configured or {}
         self._found: dict[str, Quote | None] = {
-            model: Quote(price, CONFIGURED) for model, price in given.items()
+            model: None if price is None else Quote(price, CONFIGURED)
+            for model, price in given.items()
         }
 
     def find(self, model: str) -> Quote | None:

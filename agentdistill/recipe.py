@@ -17,12 +17,20 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agentdistill.callbacks import Callback, Callbacks, JsonLines
 from agentdistill.cascade import possible
-from agentdistill.config import CollectStage, RunConfig, StageConfig, TinyModel, TrainStage
+from agentdistill.config import (
+    ApiModel,
+    CollectStage,
+    RunConfig,
+    StageConfig,
+    TinyModel,
+    TrainStage,
+)
 from agentdistill.errors import ConfigError, EngineError
 from agentdistill.evaluation import Result, evaluate, modes
 from agentdistill.files import write_text
@@ -86,9 +94,27 @@ def validate(config: RunConfig) -> Run:
         if config.evaluate.panel is None and card.split(config.evaluate.split) not in known:
             _unknown_split("evaluate.split", config.evaluate.split, known)
         of_config(config, config.evaluate, the_run.env)
-        if any(policy not in ("expert", "random") for policy in config.evaluate.policies):
+        if any(map(partial(_has_tokens, config), config.evaluate.policies)):
             need_torch("evaluating a model")
+    _check_providers(the_run)
     return the_run
+
+
+def _has_tokens(config: RunConfig, policy: str) -> bool:
+    """Whether somebody in ``policy`` acts by token ids."""
+    stages = {stage.name for stage in config.stages if isinstance(stage, TrainStage)}
+    texts = {name for name, model in config.models.items() if isinstance(model, ApiModel)}
+    return bool(config.parts(policy) & ((stages | config.models.keys()) - texts))
+
+
+def _check_providers(the_run: Run) -> None:
+    """Keys, providers and prices of the models behind an API that somebody names."""
+    config = the_run.config
+    named = {name for stage in config.stages for name in _needs(config, stage)}
+    named = named.union(*map(config.parts, config.evaluate.policies))
+    for name, model in config.models.items():
+        if isinstance(model, ApiModel) and name in named:
+            the_run.providers.check(name)
 
 
 def _unknown_split(key: str, value: str, known: Sequence[str]) -> None:
@@ -109,11 +135,24 @@ def execute(
         jobs = _jobs(the_run, only)
         if jobs and any(isinstance(stage, TrainStage) for stage in config.stages):
             _prepare_torch(the_run)
+        _probe(the_run, jobs, Callbacks(callbacks))
         runner = _in_processes if config.workers > 1 and len(jobs) > 1 else _one_by_one
         runner(the_run, jobs, Callbacks(callbacks))
         stages = {s.name: summary for s in config.stages if (summary := the_run.done(s.name))}
         results = () if only else _results(the_run)
     return Outcome(the_run.path, stages, results)
+
+
+def _probe(the_run: Run, jobs: Sequence[Job], callback: Callback) -> None:
+    """Find out what models elsewhere can do, before anything is spent."""
+    from agentdistill import probing
+
+    if jobs and probing.elsewhere(the_run.config):
+        stages = [job.name for job in jobs if job.stage is not None]
+        reports = probing.at_start(the_run, stages)
+        found = json.dumps([report.to_json() for report in reports], indent=1)
+        write_text(the_run.path / "probe.json", found)
+        callback.on_probe([probing.line(report) for report in reports])
 
 
 def _prepare_torch(the_run: Run) -> None:
@@ -189,7 +228,7 @@ def _perform(the_run: Run, job: Job, callback: Callback) -> None:
 
         Training(the_run, job.stage, callback).run()
     else:
-        result = evaluate(the_run, job.name, job.mode)
+        result = evaluate(the_run, job.name, job.mode, callback=callback)
         file = _evaluation(the_run, job.name, job.mode)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(result.to_json()))
@@ -234,6 +273,9 @@ class _Forward(Callback):
 
     def on_stage_end(self, stage: StageConfig, summary: Mapping[str, Any]) -> None:
         self._send(("on_stage_end", (stage, dict(summary))))
+
+    def on_episode(self, name: str, done: int, total: int, metrics: Mapping[str, Any]) -> None:
+        self._send(("on_episode", (name, done, total, dict(metrics))))
 
 
 def _child(config: RunConfig, job: Job) -> None:

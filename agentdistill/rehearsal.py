@@ -14,10 +14,12 @@ from typing import Any
 from agentdistill.config import (
     CollectStage,
     LocalModel,
+    ModelConfig,
     RunConfig,
     StageConfig,
     TinyModel,
     TokenizerConfig,
+    VllmModel,
     load,
 )
 
@@ -70,9 +72,10 @@ def rehearse(config: RunConfig) -> RunConfig:
     values = config.model_dump()
     values.update(name=f"{config.name}-rehearsal", workers=1, concurrency=world.at_once)
     values["models"] = {
-        name: TINY if isinstance(model, LocalModel) else model
+        name: model if isinstance(model, TinyModel) else TINY
         for name, model in config.models.items()
     }
+    values["budget"] = {}
     values["stages"] = [_stage(stage) for stage in config.stages]
     _at_most(values["sampling"], max_tokens=TOKENS)
     values["env"]["options"] = {**config.env.options, **world.options}
@@ -118,11 +121,16 @@ def changes(before: RunConfig, after: RunConfig) -> list[str]:
 
 def _facts(config: RunConfig) -> dict[str, Any]:
     """What ``config`` says, with a model as one fact."""
-    models = {
-        name: model.path if isinstance(model, LocalModel) else "a random model"
-        for name, model in config.models.items()
-    }
+    models = {name: _source(model) for name, model in config.models.items()}
     return {**config.model_dump(), "models": models}
+
+
+def _source(model: ModelConfig) -> str:
+    if isinstance(model, TinyModel):
+        return "a random model"
+    if isinstance(model, VllmModel):
+        return model.base_url
+    return model.path if isinstance(model, LocalModel) else model.model
 
 
 def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

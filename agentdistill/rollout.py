@@ -5,6 +5,8 @@ Invariants
 * A bad rollout is data: an episode that ends in a fault never loses the others. Programming errors
   still propagate.
 * Whatever ends :func:`rollout`, no task of it is left running and every environment is closed.
+* Where the budget ends, requests that are under way are still answered, and kept, before that is
+  raised: they are paid for.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from typing import Any, TypeVar, cast
 
 from agentdistill.config import LimitsConfig
 from agentdistill.envs.base import TextEnv
+from agentdistill.errors import BudgetError, EngineError, EnvError
 from agentdistill.player import NO_LIMITS, Player, Request
 from agentdistill.policy import Policy
 from agentdistill.records import Fault, Trajectory
 
-__all__ = ["NO_LIMITS", "Player", "Request", "rollout", "run"]
+__all__ = ["NO_LIMITS", "Player", "Request", "rollout", "run", "sound"]
 
 T = TypeVar("T")
 
@@ -57,6 +60,10 @@ async def rollout(
         on_end: called with each trajectory as it ends (progress).
         pool: environments to use first; those that are still sound are left there, open, for the
             next call. Without a pool every environment is closed at the end.
+
+    Raises:
+        BudgetError: the budget ended; no episode is returned, and what was answered is in the
+            request cache, where there is one.
     """
     wanted = list(requests)
     free = [] if pool is None else pool
@@ -77,13 +84,22 @@ async def rollout(
         threads=threads,
     )
 
-    async def one(request: Request) -> Trajectory:
+    broke: list[BudgetError] = []
+
+    async def one(request: Request) -> Trajectory | None:
         async with gate:
+            if broke:
+                return None
             if not free:
                 alive.append(make_env())
                 free.append(alive[-1])
             env = free.pop()
-            trajectory = await player(env, request).play()
+            try:
+                trajectory = await player(env, request).play()
+            except BudgetError as error:
+                free.append(env)
+                broke.append(error)
+                return None
             if any(fault.kind == "environment" for fault in trajectory.faults):
                 alive.remove(env)
                 trajectory = _discard(env, trajectory)
@@ -95,7 +111,10 @@ async def rollout(
 
     tasks = [asyncio.ensure_future(one(request)) for request in wanted]
     try:
-        return list(await asyncio.gather(*tasks))
+        played = await asyncio.gather(*tasks)
+        if broke:  # half of a batch would say nothing
+            raise broke[0]
+        return [trajectory for trajectory in played if trajectory is not None]
     finally:
         for task in tasks:
             task.cancel()
@@ -104,6 +123,23 @@ async def rollout(
         for env in alive:
             if pool is None or env not in pool:
                 env.close()
+
+
+def sound(trajectories: list[Trajectory], most: float) -> list[Trajectory]:
+    """``trajectories``, unless a larger share than ``most`` of them ended in a fault.
+
+    Raises:
+        EnvError: the first fault was not one of an engine.
+        EngineError: it was.
+    """
+    faulty = [t for t in trajectories if t.faults]
+    if len(faulty) <= most * len(trajectories):
+        return trajectories
+    first = faulty[0].faults[0]
+    raise (EngineError if first.kind == "engine" else EnvError)(
+        f"{len(faulty)} of {len(trajectories)} episodes ended in a fault, more than "
+        f"max_fault_rate={most}; first: {first.kind}: {first.message}"
+    )
 
 
 def _discard(env: TextEnv, trajectory: Trajectory) -> Trajectory:

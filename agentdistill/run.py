@@ -5,6 +5,7 @@ Layout of the folder::
     config.yaml               the resolved configuration
     machine.json              versions, commit, machine
     tokenizers/<hash>/        tokenizers of tiny models
+    ledger.jsonl, answers/    calls to providers and what was answered, where there are some
     stages/<name>/            store (commits.jsonl, shards/), checkpoints/, model/, metrics.jsonl,
                               done.json when the stage is complete
     results.json, results.md  the evaluation
@@ -36,18 +37,19 @@ from agentdistill.config import (
     SamplingConfig,
     TinyModel,
     TrainStage,
+    VllmModel,
     load,
 )
-from agentdistill.engines.base import Sampling
+from agentdistill.engines.base import Engine, Sampling
 from agentdistill.envs.base import TextEnv
 from agentdistill.envs.make import make
 from agentdistill.errors import ConfigError, MissingExtraError
 from agentdistill.files import refusing, write_text
-from agentdistill.ledger import Price
 from agentdistill.policy import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, derive_seed
-from agentdistill.prices import Prices
+from agentdistill.providers import Providers
 from agentdistill.records import Trajectory
 from agentdistill.render import Renderer
+from agentdistill.rollout import run as wait
 from agentdistill.store import Store
 from agentdistill.wording import Wording
 
@@ -55,10 +57,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from agentdistill.cascade import CascadePolicy
-    from agentdistill.engines.hf import HFEngine
-    from agentdistill.engines.litellm import LiteLLMEngine
-    from agentdistill.ledger import Ledger
-    from agentdistill.request_cache import RequestCache
 
 
 def need_torch(feature: str) -> None:
@@ -82,15 +80,21 @@ def seeded(seed: int, device: Any = None) -> Iterator[None]:
         yield
 
 
-@dataclass(slots=True, eq=False)
-class Loaded:
-    """A model that is ready to act, to be scored and to be trained."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class Voice:
+    """A model that acts and scores by token ids, wherever its weights are."""
 
     name: str
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
-    engine: HFEngine
+    engine: Engine
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Loaded(Voice):
+    """A model whose weights are here: it can be trained, and scored in whole distributions."""
+
+    model: PreTrainedModel
 
 
 class Run:
@@ -101,14 +105,18 @@ class Run:
         self.config, self.path = config, config.path
         self.pool: list[TextEnv] = []
         """Environments that wait for the next rollout."""
-        self.ledger: Ledger | None = None
-        self.answers: RequestCache | None = None
-        self._remote: dict[str, LiteLLMEngine] = {}
+        self.providers = Providers(config)
+        """Models behind an API, and what they were paid."""
+        self._voices: dict[str, Voice] = {}
+        self._served: list[Engine] = []
 
     def close(self) -> None:
-        """Close every environment; whoever goes on gets new ones."""
+        """Close environments and ledger, and take back what servers were given."""
+        while self._served:
+            wait(self._served.pop().close())
         while self.pool:
             self.pool.pop().close()
+        self.providers.close()
         env = self.__dict__.pop("env", None)
         if env is not None:
             env.close()
@@ -194,6 +202,7 @@ class Run:
 
         from agentdistill.engines.hf import HFEngine
         from agentdistill.students.local import load_weights
+        from agentdistill.students.served import serve
 
         torch.set_num_threads(self.config.threads)
         stage = next((s for s in self.config.stages if s.name == name), None)
@@ -205,7 +214,37 @@ class Run:
                 raise ConfigError("this stage has no trained model yet", key="stage", value=name)
             load_weights(model, folder)
         renderer = Renderer(tokenizer, self.config.prompt, self.env.instruction)
-        return Loaded(name, model, tokenizer, renderer, HFEngine(model, tokenizer, name=name))
+        engine: Engine = (here := HFEngine(model, tokenizer, name=name))
+        if (server := getattr(self.config.models[key], "server", None)) is not None:
+            place, probe = f"models.{key}.server", renderer.alone("?")
+            engine = serve(server, here, model, tokenizer, key=place, probe=probe)
+            self._served.append(engine)
+        return Loaded(name=name, model=model, tokenizer=tokenizer, renderer=renderer, engine=engine)
+
+    def voice(self, name: str) -> Voice:
+        """The model or train stage called ``name``, in this process or on a server."""
+        config = self.config.models.get(name)
+        if not isinstance(config, VllmModel):
+            return self.model(name)
+        if name not in self._voices:
+            from agentdistill.engines import vllm
+            from agentdistill.students.local import tokenizer_of
+
+            need_torch("a model")
+            tokenizer = tokenizer_of(config.tokenizer)
+            engine = vllm.VLLMEngine(
+                vllm.reach(config, f"models.{name}"),
+                tokenizer,
+                name=name,
+                served=config.served,
+                top_k=config.top_k,
+                ready=config.ready,
+            )
+            renderer = Renderer(tokenizer, self.config.prompt, self.env.instruction)
+            self._voices[name] = Voice(
+                name=name, tokenizer=tokenizer, renderer=renderer, engine=engine
+            )
+        return self._voices[name]
 
     def _fresh(self, key: str) -> tuple[PreTrainedModel, Any]:
         from agentdistill.students import local, tiny
@@ -214,9 +253,9 @@ class Run:
             known = ", ".join(self.config.models)
             raise ConfigError(f"no such model; known: {known}", key="models", value=key)
         config = self.config.models[key]
-        if isinstance(config, ApiModel):
+        if isinstance(config, ApiModel | VllmModel):
             raise ConfigError(
-                "answers in text over an API: it has no weights here, and cannot score tokens",
+                "has no weights here: name a tiny or local model, or a train stage",
                 key=f"models.{key}.kind",
                 value=config.kind,
             )
@@ -250,8 +289,10 @@ class Run:
                 shutil.rmtree(unfinished)  # another process was faster, and its is the same
         return AutoTokenizer.from_pretrained(folder)
 
-    def policy(self, name: str, sampling: SamplingConfig | None = None) -> Policy:
-        """The policy called ``name``."""
+    def policy(
+        self, name: str, sampling: SamplingConfig | None = None, role: str = "student"
+    ) -> Policy:
+        """The policy called ``name``; ``role`` is what a ledger books its calls as."""
         if name in self.config.policies:
             return self.cascade(name, sampling)
         grammar = self.config.prompt.grammar
@@ -260,8 +301,8 @@ class Run:
         if name == "random":
             return RandomPolicy(grammar)
         if isinstance(self.config.models.get(name), ApiModel):
-            return self.chatting(name, sampling)
-        return self.acting(self.model(name), sampling)
+            return self.chatting(name, sampling, role)
+        return self.acting(self.voice(name), sampling)
 
     def cascade(
         self,
@@ -277,17 +318,27 @@ class Run:
         from agentdistill.cascade import of_config
 
         said = said or self.config.policies[name]
-
-        def actor(name: str, role: str) -> Policy:
-            remote = isinstance(self.config.models.get(name), ApiModel)
-            return self.chatting(name, sampling, role) if remote else self.policy(name, sampling)
-
-        student = actor(said.student, "student")
-        teacher = actor(said.teacher, "teacher") if said.teacher else None
+        student = self.policy(said.student, sampling, "student")
+        teacher = self.policy(said.teacher, sampling, "teacher") if said.teacher else None
         stages = [stage.name for stage in self.config.stages]
         folder = self.folder(said.demos) if said.demos and said.demos in stages else None
         card, grammar = self.env.card, self.config.prompt.grammar
         return of_config(name, said, student, teacher, folder, card, grammar)
+
+    def answering(self, name: str, role: str = "student") -> Engine:
+        """The model or train stage called ``name``, as an engine that takes messages.
+
+        ``role`` is what a ledger books it as. Errors as in :meth:`voice` and of a provider.
+        """
+        if isinstance(self.config.models.get(name), ApiModel):
+            return self.providers.engine(name).in_role(role)
+        from agentdistill.engines.templated import TemplatedEngine
+
+        voice = self.voice(name)
+        voice.engine.wake()
+        tokenizer: Any = voice.tokenizer
+        own = voice.engine.capabilities.text  # a server with the template on its side
+        return voice.engine if own else TemplatedEngine(voice.engine, tokenizer)
 
     def chatting(
         self, name: str, sampling: SamplingConfig | None = None, role: str = "student"
@@ -297,69 +348,12 @@ class Run:
         assert isinstance(config, ApiModel)
         wording = Wording(self.config.prompt, self.env.instruction)
         chosen = Sampling(**(sampling or self.config.sampling).model_dump())
-        engine = self.remote(name).in_role(role)
+        engine = self.providers.engine(name).in_role(role)
         return ChatPolicy(name, engine, wording, chosen, native_tools=config.native_tools)
 
-    def remote(self, name: str) -> LiteLLMEngine:
-        """The engine of a model behind an API: one for the run, so that its limits hold for all.
-
-        Raises:
-            ConfigError: its key is not set, or nobody knows its provider.
-            MissingExtraError: litellm is not installed.
-        """
-        from agentdistill.engines.litellm import LiteLLMEngine
-        from agentdistill.engines.patience import Patience
-
-        config = self.config.models[name]
-        assert isinstance(config, ApiModel)
-        if name not in self._remote:
-            self._remote[name] = LiteLLMEngine(
-                config.model,
-                name=name,
-                base_url=config.base_url,
-                key_env=config.key_env,
-                concurrency=config.concurrency,
-                timeout=config.timeout,
-                patience=Patience(config.retries, budget=config.retry_budget),
-                ledger=self.ledger,
-                answers=self.answers,
-            )
-        return self._remote[name]
-
-    def prices(self) -> dict[str, Price]:
-        """What the configuration says that models behind an API cost, for a ledger.
-
-        Raises:
-            ConfigError: two entries give one model different prices.
-        """
-        found: dict[str, Price] = {}
-        for name, config in self.config.models.items():
-            if not isinstance(config, ApiModel) or config.price is None:
-                continue
-            price = config.price.price()
-            if found.setdefault(config.model, price) != price:
-                raise ConfigError(
-                    f"{config.model} has another price elsewhere", key=f"models.{name}.price"
-                )
-        return found
-
-    def price(self, name: str) -> Price | None:
-        """What the model or train stage ``name`` costs; None where nobody said.
-
-        Only models behind an API have a price without one in the configuration: litellm's.
-        """
-        stage = next((s for s in self.config.stages if s.name == name), None)
-        key = stage.model if isinstance(stage, TrainStage) else name
-        config = self.config.models.get(key)
-        if config is None:
-            return None
-        if config.price is not None:
-            return config.price.price()
-        found = Prices().find(config.model) if isinstance(config, ApiModel) else None
-        return found.price if found else None
-
-    def acting(self, loaded: Loaded, sampling: SamplingConfig | None = None) -> ModelPolicy:
-        """``loaded`` as a policy."""
+    def acting(self, loaded: Voice, sampling: SamplingConfig | None = None) -> ModelPolicy:
+        """``loaded`` as a policy, with the weights that it has now."""
+        loaded.engine.wake()
         chosen = Sampling(**(sampling or self.config.sampling).model_dump())
         return ModelPolicy(loaded.name, loaded.engine, loaded.renderer, chosen)
 

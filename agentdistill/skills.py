@@ -24,11 +24,10 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import NamedTuple, Protocol
 
-from agentdistill.engines.base import Engine, Sampling
+from agentdistill.engines.base import Engine, Message, Sampling
 from agentdistill.errors import ConfigError, EngineError
 from agentdistill.policy import derive_seed
 from agentdistill.records import Json, StepResult, Trajectory, digest
-from agentdistill.render import Renderer
 
 
 def ucb(counts: Sequence[int], means: Sequence[float], c: float = math.sqrt(2)) -> list[float]:
@@ -372,10 +371,11 @@ class ChatAnalyser:
     """
 
     def __init__(
-        self, engine: Engine, renderer: Renderer, sampling: Sampling | None = None
+        self, engine: Engine, instruction: str = "", sampling: Sampling | None = None
     ) -> None:
-        """``renderer`` is of the engine's model; its instruction should be the environment's."""
-        self._engine, self._renderer = engine, renderer
+        """``engine`` takes messages; ``instruction`` is the environment's."""
+        self._engine = engine
+        self._system = [Message("system", instruction)] if instruction else []
         self._sampling = sampling or Sampling(temperature=0.0, max_tokens=1024)
         self.asked = self.failed = 0
         self.problem = ""
@@ -387,9 +387,10 @@ class ChatAnalyser:
         message = question(trajectory)
         for attempt in range(2):
             self.asked += 1
-            ids, seed = self._renderer.alone(message), derive_seed(trajectory.id, "skill", attempt)
+            asked = [*self._system, Message("user", message)]
+            seed = derive_seed(trajectory.id, "skill", attempt)
             try:
-                sample = await self._engine.generate(ids, self._sampling, seed=seed)
+                (sample,) = await self._engine.chat(asked, self._sampling, seed=seed)
                 return wording(read(sample.text))
             except (ValueError, EngineError) as error:
                 self.problem = str(error)

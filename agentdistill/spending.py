@@ -44,7 +44,7 @@ class SpendLimits:
         """Take money as exact; refuse what is no limit."""
         for name in (each.name for each in fields(self)):
             value = getattr(self, name)
-            found = None if value is None else amount(value, f"limits.{name}")
+            found = None if value is None else amount(value, f"budget.{name}")
             if name == "money":
                 object.__setattr__(self, name, found)
 

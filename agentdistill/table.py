@@ -82,6 +82,11 @@ class Table:
         """Rows that the actor wrote [N], bool: the default selection."""
         return self.index["author"] == Author.ACTOR
 
+    @property
+    def groups(self) -> Tensor:
+        """Number of each trajectory's group [B], in the order in which they first come."""
+        return torch.tensor(_numbers([t.group for t in self.trajectories]))
+
     def spread(self, values_B: Tensor) -> Tensor:
         """One value per trajectory → the same value on all its rows [N]."""
         return values_B[self.index["trajectory"]]
@@ -186,9 +191,8 @@ def build(
     logps: list[FloatArray] = []
     streams: list[tuple[int, int]] = []
     offsets = [0]
-    groups: dict[str, int] = {}
-    for number, trajectory in enumerate(trajectories):
-        group = groups.setdefault(trajectory.group, len(groups))
+    groups = _numbers([trajectory.group for trajectory in trajectories])
+    for number, (trajectory, group) in enumerate(zip(trajectories, groups, strict=True)):
         for which, stream in enumerate(trajectory.streams):
             rows = rows_of(stream)
             size = len(rows)
@@ -221,6 +225,12 @@ def build(
     for name, builder in {PLAIN: plain, **(views or {})}.items():
         table.add_view(name, builder)
     return table
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    """Each name as a number, in the order in which they first come."""
+    known = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [known[name] for name in names]
 
 
 _INDEX = ("trajectory", "group", "stream", "turn", "position", "token", "author", "kind")

@@ -22,6 +22,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 from hypothesis import settings
 
+from agentdistill.engines import vllm_setup
 from agentdistill.envs.appworld import setup as appworld
 
 settings.register_profile("steady", deadline=None, derandomize=True)
@@ -31,7 +32,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a job that a shell put into the background: nothing here could be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-PACKAGES = ("alfworld", "litellm", "vllm")
+PACKAGES = {
+    "alfworld": ("alfworld",),
+    "litellm": ("litellm",),
+    "openai": ("openai",),
+    "serve": ("starlette", "uvicorn"),
+}
+"""What tests with a marker import."""
 
 
 def _missing(marker: str) -> str | None:
@@ -44,9 +51,10 @@ def _missing(marker: str) -> str | None:
         return "needs a browser: no `chromium` on PATH, such as the package chromium"
     if marker == "appworld" and appworld.python() is None:
         return "needs AppWorld in a virtual environment of its own: agentdistill setup appworld"
-    if marker in PACKAGES and find_spec(marker) is None:
-        return f"needs the package {marker}"
-    return None
+    if marker == "vllm" and vllm_setup.python() is None:
+        return "needs vLLM in a virtual environment of its own: agentdistill setup vllm"
+    lacking = [name for name in PACKAGES.get(marker, ()) if find_spec(name) is None]
+    return f"needs the package {', '.join(lacking)}" if lacking else None
 
 
 def _cuda_missing(alone: bool) -> str | None:

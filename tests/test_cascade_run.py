@@ -221,10 +221,14 @@ def test_cascades_always_sample(tmp_path: Path) -> None:
 
 def test_a_price_is_a_models(tmp_path: Path) -> None:
     with Run(load(config(tmp_path))) as the_run:
-        price = the_run.price("taught")
+        price = the_run.providers.price("taught")
         assert price is not None and price.cost(Usage(input=100, output=1)) * 10**6 == 1030
-        assert the_run.price("taught") == the_run.price("teacher") != the_run.price("student")
-        assert the_run.price("expert") is None and the_run.prices() == {}
+        assert (
+            the_run.providers.price("taught")
+            == the_run.providers.price("teacher")
+            != the_run.providers.price("student")
+        )
+        assert the_run.providers.price("expert") is None and the_run.providers.prices() == {}
 
 
 def test_old_configurations_keep_their_identity(tmp_path: Path) -> None:

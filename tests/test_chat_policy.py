@@ -258,7 +258,9 @@ def test_a_model_behind_an_api_is_configured(tmp_path: Path) -> None:
     assert str(model.price.input) == "0.15" and model.concurrency == 32
     with Run(load(path)) as the_run:
         exact = Decimal("0.15")
-        assert the_run.prices() == {"openai/small": Price(exact, exact, exact, Decimal("0.6"))}
+        assert the_run.providers.prices() == {
+            "openai/small": Price(exact, exact, exact, Decimal("0.6"))
+        }
 
 
 @pytest.mark.parametrize(
@@ -305,12 +307,12 @@ def test_episodes_through_faults_lose_nothing(
         model |= {"key_env": "TEST_KEY", "concurrency": 8}
         settings = RunConfig(output=str(tmp_path), models={"teacher": model})  # type: ignore
         with Run(settings) as the_run:
-            the_run.remote("teacher")._patience.base = 0.01
+            the_run.providers.engine("teacher")._patience.base = 0.01
             policy = the_run.policy("teacher")
-            assert the_run.remote("teacher") is the_run.remote("teacher")
+            assert the_run.providers.engine("teacher") is the_run.providers.engine("teacher")
             wanted = [Request(TASK, seed) for seed in range(12)]
             found = run(rollout(policy, Corridor, wanted))
-            with pytest.raises(ConfigError, match="cannot score tokens"):
+            with pytest.raises(ConfigError, match="has no weights here"):
                 the_run.model("teacher")
     assert [one.end for one in found] == ["success"] * 12
     assert not any(one.faults for one in found) and all(one.env_steps == 3 for one in found)

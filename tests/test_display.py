@@ -13,6 +13,7 @@ from agentdistill import display
 from agentdistill.config import RunConfig, TrainStage
 from agentdistill.evaluation import Result
 from agentdistill.metrics import Interval
+from agentdistill.progress import watch
 
 MEASURED = Result(
     policy="p",
@@ -72,7 +73,7 @@ def test_a_terminal_gets_bars_and_drawn_tables(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "stdout", screen)
     stage = TrainStage(name="distilled", iterations=4)
     metrics = {"success": 0.25, "optimal": None, "loss/k1": 0.5, "divergence": 0.125}
-    with display.progress(["distilled"], evaluation=True) as progress:
+    with watch(["distilled"], evaluation=True) as progress:
         progress.on_stage_start(stage, Path(), 2)
         progress.on_iteration(stage, 2, metrics, 0.75)
         progress._bars.refresh()
@@ -86,7 +87,7 @@ def test_a_terminal_gets_bars_and_drawn_tables(monkeypatch: pytest.MonkeyPatch) 
 
 def test_elsewhere_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
     stage = TrainStage(name="distilled", iterations=4)
-    with display.progress(["distilled"], evaluation=True, stderr=True) as progress:
+    with watch(["distilled"], evaluation=True, stderr=True) as progress:
         progress.on_stage_start(stage, Path(), 2)
         progress.on_iteration(stage, 2, {}, 0.75)
         progress.on_stage_end(stage, {"iterations": 4, "seconds": 1.5})

@@ -2,7 +2,7 @@
 
 A fenced ``python`` or ``bash`` block is executed when the line before it is
 ``<!-- test: run -->``. The blocks of one file run in order in one empty directory; its Python
-blocks share a namespace.
+blocks share a namespace. ``<!-- test: needs NAME -->`` gives a guide the markers of these names.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 MARK = re.compile(r"^\s*<!-- test: run -->\s*$", re.MULTILINE)
+NEEDS = re.compile(r"^<!-- test: needs ([\w ]+) -->$", re.MULTILINE)
 RUN = re.compile(r"^<!-- test: run -->\n+```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\)|(?:src|href)=\"([^\"]+)\"")
@@ -66,10 +67,16 @@ def _relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-RUNNABLE = [guide for guide in GUIDES if MARK.search(guide.read_text())]
+def _runnable(guide: Path) -> Any:
+    names = " ".join(NEEDS.findall(guide.read_text())).split()
+    marks = [getattr(pytest.mark, name) for name in names]
+    return pytest.param(guide, id=_relative(guide), marks=marks)
 
 
-@pytest.mark.parametrize("guide", RUNNABLE, ids=_relative)
+RUNNABLE = [_runnable(guide) for guide in GUIDES if MARK.search(guide.read_text())]
+
+
+@pytest.mark.parametrize("guide", RUNNABLE)
 def test_blocks_run(guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = guide.read_text()

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentdistill.engines.base import Capabilities, Engine, Sample, Sampling
+from agentdistill.engines.base import Capabilities, Engine, Message, Sample, Sampling
 from agentdistill.envs.lockroom import LockroomEnv
 from agentdistill.errors import ConfigError, EngineError
 from agentdistill.policy import RandomPolicy
@@ -32,7 +32,6 @@ from agentdistill.skills import (
     ucb,
     wording,
 )
-from tests.templates import renderer
 
 # -- UCB and the bank -----------------------------------------------------------------------------
 
@@ -370,24 +369,24 @@ class Scripted(Engine):
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(ids=True)
+        return Capabilities(text=True)
 
-    async def generate(
-        self, ids: Sequence[int], sampling: Sampling, *, seed: int = 0, session: str | None = None
-    ) -> Sample:
-        self.asked.append(RENDERER.tokenizer.decode(list(ids)))
+    async def generate(self, ids: Sequence[int], *_: Any, **options: Any) -> Sample:
+        raise AssertionError("an analyser is asked by messages")
+
+    async def chat(
+        self, messages: Sequence[Message], sampling: Sampling, *, seed: int = 0, **options: Any
+    ) -> list[Sample]:
+        self.asked.append("\n".join(f"<|{one.role}|>{one.content}" for one in messages))
         self.seeds.append(seed)
         answer = self.answers[(len(self.asked) - 1) % len(self.answers)]
         if isinstance(answer, Exception):
             raise answer
-        return Sample((1,), (0.0,), answer, "stop")
-
-
-RENDERER = renderer(instruction="Open the door.")
+        return [Sample((1,), (0.0,), answer, "stop")]
 
 
 def analyser(engine: Scripted) -> ChatAnalyser:
-    return ChatAnalyser(engine, RENDERER)
+    return ChatAnalyser(engine, "Open the door.")
 
 
 GOOD = json.dumps(

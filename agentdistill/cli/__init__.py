@@ -10,22 +10,25 @@ import sys
 
 from agentdistill.cli import (
     compare,
+    cost,
     data,
     diagnose,
     importing,
     lists,
     panels,
     plan,
+    probe,
     report,
     runs,
+    serving,
     setup,
     tune,
 )
 from agentdistill.cli.base import app
 
 __all__ = [
-    "app", "compare", "data", "diagnose", "importing", "lists", "main", "panels", "plan", "report",
-    "runs", "setup", "tune",
+    "app", "compare", "cost", "data", "diagnose", "importing", "lists", "main", "panels", "plan",
+    "probe", "report", "runs", "serving", "setup", "tune",
 ]  # fmt: skip
 
 

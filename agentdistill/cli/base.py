@@ -21,6 +21,7 @@ Exit codes:
     3  a package is missing (the message has the install command)
     4  an environment or an engine failed
     5  the disk refused
+    6  a limit of the budget would be broken; raise it and repeat the command
   130  interrupted; the same command goes on where it stopped
 """
 

@@ -179,9 +179,10 @@ def _known(policies: Sequence[str] | None) -> None:
 
 def _train(found: Panel, recipe: str, options: Mapping[str, Any]) -> Reference:
     """The reference checkpoint of ``recipe``, trained here; progress goes to stderr."""
-    from agentdistill import display, reproduction
+    from agentdistill import reproduction
+    from agentdistill.progress import watch
 
-    with display.progress([], stderr=True) as bars:
+    with watch([], stderr=True) as bars:
         return reproduction.checkpoint(found, recipe, options=options, callbacks=[bars])
 
 

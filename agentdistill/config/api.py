@@ -6,7 +6,7 @@ Invariant: no key is ever part of a configuration, nor of the error about one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -39,6 +39,25 @@ class PriceConfig(Section):
         return Price(self.input, write, read, self.output)
 
 
+class BudgetConfig(Section):
+    """What a run may take from providers in all, before it stops; None is no limit.
+
+    A limit holds before the call that would break it. The run keeps what it has paid for: raise
+    the limit, repeat the command, and no answer is paid twice.
+    """
+
+    money: Decimal | None = Field(None, ge=0)
+    """In the currency of the prices; every model that is called then needs one."""
+    tokens: int | None = Field(None, ge=0)
+    """Of prompts and answers together."""
+    calls: int | None = Field(None, ge=0)
+    """Requests, each retry counted."""
+    wall_seconds: float | None = Field(None, ge=0)
+    """How long the run may go on, over restarts."""
+    working_seconds: float | None = Field(None, ge=0)
+    """Sum over calls, without waits for the provider (rate limits, pauses before retries)."""
+
+
 class ApiModel(Section):
     """A model behind an API, by text alone; it acts and is not trained."""
 
@@ -67,17 +86,19 @@ class ApiModel(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_keys(cls, values: Any) -> Any:
-        """Refuse a key in the place of a name, in an error that does not repeat it."""
-        if not isinstance(values, Mapping):
-            return values
-        name = values.get("key_env")
-        named = name is None or (isinstance(name, str) and _VARIABLE.fullmatch(name))
-        unknown = [str(key) for key in values if str(key) not in cls.model_fields]
-        if not named or any(_KEY.search(key) for key in unknown):
-            raise ValueError(
-                "give the name of an environment variable, such as key_env: OPENAI_API_KEY, and "
-                "put the key there; configurations are copied into runs"
-            )
-        if "@" in str(values.get("base_url")) or "?" in str(values.get("base_url")):
-            raise ValueError("base_url holds a user or a query; give the key by key_env instead")
-        return values
+        return named_key(values, cls.model_fields) if isinstance(values, Mapping) else values
+
+
+def named_key(values: Mapping[str, Any], known: Iterable[str]) -> Mapping[str, Any]:
+    """``values``; refuses a key in the place of a name, in an error that does not repeat it."""
+    name = values.get("key_env")
+    named = name is None or (isinstance(name, str) and _VARIABLE.fullmatch(name))
+    unknown = [str(key) for key in values if str(key) not in known]
+    if not named or any(_KEY.search(key) for key in unknown):
+        raise ValueError(
+            "give the name of an environment variable, such as key_env: OPENAI_API_KEY, and "
+            "put the key there; configurations are copied into runs"
+        )
+    if "@" in str(values.get("base_url")) or "?" in str(values.get("base_url")):
+        raise ValueError("base_url holds a user or a query; give the key by key_env instead")
+    return values

@@ -17,12 +17,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from agentdistill.config.api import ApiModel
+from agentdistill.config.models import LocalModel, TinyModel
 from agentdistill.config.prompts import Section
 from agentdistill.config.schema import (
     CollectStage,
-    LocalModel,
     RunConfig,
-    TinyModel,
     TrainStage,
 )
 from agentdistill.errors import ConfigError

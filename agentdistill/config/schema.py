@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
-from agentdistill.config.api import ApiModel, PriceConfig
+from agentdistill.config.api import ApiModel, BudgetConfig
+from agentdistill.config.models import ModelConfig, TinyModel, tag
 from agentdistill.config.policies import CascadeConfig
 from agentdistill.config.prompts import PROMPTS, PromptConfig, Section, prompt
+from agentdistill.config.servers import VllmModel
 from agentdistill.errors import ConfigError
 from agentdistill.records import digest
 
@@ -42,82 +44,6 @@ class SamplingConfig(Section):
     max_tokens: int = Field(64, ge=1)
 
 
-class TokenizerConfig(Section):
-    """The tokenizer that a ``tiny`` model trains for itself."""
-
-    vocabulary: int = Field(1024, ge=300)
-    """At most so many tokens."""
-    episodes: int = Field(400, ge=1)
-    """Random and expert episodes that make up its corpus."""
-
-
-class LoraConfig(Section):
-    """Low-rank adapters (peft)."""
-
-    rank: int = Field(16, ge=1)
-    alpha: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: str | list[str] = "all-linear"
-
-
-class TinyModel(Section):
-    """A Qwen3 architecture from scratch, with a tokenizer trained on the environment's texts."""
-
-    kind: Literal["tiny"] = "tiny"
-    hidden: int = Field(64, ge=8)
-    layers: int = Field(2, ge=1)
-    heads: int = Field(2, ge=1)
-    feed_forward: int | None = None
-    """None takes three times ``hidden``."""
-    init_std: float = Field(0.05, gt=0)
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    price: PriceConfig | None = None
-    """What it would cost behind an API, for results; None: it has no price."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> TinyModel:
-        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            sizes = f"hidden={self.hidden}, heads={self.heads}"
-            raise ValueError(f"{sizes}: hidden / heads must be an even whole number")
-        return self
-
-
-class LocalModel(Section):
-    """Any transformers causal LM, by folder or hub id."""
-
-    kind: Literal["local"] = "local"
-    path: str
-    """Folder or hub id."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """``auto``: float32 on a CPU, bfloat16 on a GPU (trained through float32 masters)."""
-    device: str = "auto"
-    """``auto``: the first GPU, else the CPU."""
-    attention: str | None = None
-    """Attention implementation of transformers, such as ``flash_attention_2``."""
-    lora: LoraConfig | None = None
-    """None trains all weights."""
-    revision: str | None = None
-    price: PriceConfig | None = None
-    """What it would cost behind an API, for results; None: it has no price."""
-
-
-def _tag(key: str, default: str) -> Discriminator:
-    """Which member of a union a mapping is meant to be: its ``key``, else ``default``."""
-
-    def read(value: Any) -> Any:
-        return value.get(key, default) if isinstance(value, Mapping) else getattr(value, key, None)
-
-    return Discriminator(read)
-
-
-ModelConfig = Annotated[
-    Annotated[TinyModel, Tag("tiny")]
-    | Annotated[LocalModel, Tag("local")]
-    | Annotated[ApiModel, Tag("api")],
-    _tag("kind", "tiny"),
-]
-
-
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -138,6 +64,8 @@ class CollectStage(Section):
     """Drop episodes that pass through a start state of a held-out task."""
     batch: int = Field(64, ge=1)
     """Episodes played at once; also one commit."""
+    max_fault_rate: float = Field(0.2, ge=0, le=1)
+    """Stop when more episodes than this share of a batch ended in a fault."""
     first_thought: bool = False
     """Ask the model for a step-by-step answer first, and put its beginning into its mouth as the
     opening of the first response (agent-distillation, arXiv 2505.17612)."""
@@ -216,7 +144,7 @@ class TrainStage(Section):
 
 StageConfig = Annotated[
     Annotated[CollectStage, Tag("collect")] | Annotated[TrainStage, Tag("train")],
-    _tag("do", "train"),
+    tag("do", "train"),
 ]
 
 
@@ -270,6 +198,8 @@ class RunConfig(Section):
     stages: list[StageConfig] = Field(default_factory=list)
     evaluate: EvaluateConfig = EvaluateConfig()
     limits: LimitsConfig = LimitsConfig()
+    budget: BudgetConfig = BudgetConfig()
+    """Of the whole run, for models behind an API; ``limits`` are those of one episode."""
     concurrency: int = Field(256, ge=1)
     """Episodes played at once while training."""
     threads: int = Field(1, ge=1)
@@ -307,6 +237,7 @@ class RunConfig(Section):
                 if stage.init is not None:
                     self._same_model(stage, self.stage(stage.init))
             seen[stage.name] = stage.do
+        self._one_at_a_time()
         for policy in self.policies:
             self._made_of(policy, seen)
         seen.update(dict.fromkeys(self.policies, "policy"))
@@ -326,10 +257,21 @@ class RunConfig(Section):
     def _has_weights(self, stage: TrainStage) -> None:
         for key in ("model", "base"):
             name = getattr(stage, key)
-            if isinstance(self.models.get(name), ApiModel):
+            if isinstance(self.models.get(name), ApiModel | VllmModel):
                 raise ValueError(
-                    f"stages.{stage.name}.{key}={name!r}: a model behind an API has no weights "
-                    "here; name a tiny or local one"
+                    f"stages.{stage.name}.{key}={name!r}: a model behind an API or on a server has "
+                    "no weights here; name a tiny or local one"
+                )
+
+    def _one_at_a_time(self) -> None:
+        """A server that takes whole weights has one set of them: one process uses it."""
+        for name, model in self.models.items():
+            server = getattr(model, "server", None)
+            whole = server is not None and server.weights != "lora"
+            if whole and getattr(model, "lora", None) is None and self.workers > 1:
+                raise ValueError(
+                    f"workers={self.workers}: the server of models.{name} has one set of weights, "
+                    "which two processes would take from each other; set workers: 1"
                 )
 
     def _same_model(self, stage: TrainStage, init: StageConfig) -> None:
@@ -349,9 +291,14 @@ class RunConfig(Section):
     def fingerprint(self) -> str:
         """Identity of what the run computes (not of where it is written).
 
-        Defaults are left out, so that a key that is new in a later version changes no run.
+        Defaults are left out, so that a key that is new in a later version changes no run; so is
+        what a provider is paid and how it is reached, so that a run can go on with more.
         """
-        exclude = {"output", "name", "workers"}
+        paid = {"key_env", "concurrency", "timeout", "retries", "retry_budget", "price"}
+        exclude: dict[str, Any] = dict.fromkeys(("output", "name", "workers", "budget"), True)
+        exclude["models"] = {
+            name: paid for name, model in self.models.items() if isinstance(model, ApiModel)
+        }
         return digest(self.model_dump(mode="json", exclude=exclude, exclude_defaults=True))
 
     def parts(self, policy: str) -> frozenset[str]:

@@ -168,6 +168,13 @@ class Demos:
         """Episodes."""
         return len(self._starts) - 1
 
+    def openings(self) -> Iterator[tuple[str, str, str]]:
+        """Of each episode its trajectory's id, its goal, and what was seen first."""
+        for episode in range(self.episodes):
+            first = int(self._starts[episode])
+            seen = self._text("observation", first)
+            yield self._text("id", episode), self._text("goal", episode), seen
+
     def search(
         self,
         *,

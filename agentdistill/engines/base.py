@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentdistill.errors import EngineError
-from agentdistill.records import FloatArray, Json, Usage
+from agentdistill.records import FloatArray, IntArray, Json, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +95,19 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Log-probability of the token at each position [N], natural log, temperature 1."""
+    """Log-probability of the token at each position [N], natural log, temperature 1.
+
+    Attributes:
+        logp: [N].
+        entropy: of the whole distribution [N], where the engine has it.
+        top_ids: the K likeliest ids of each position [N, K], likeliest first, where asked for.
+        top_logp: their log-probabilities [N, K].
+    """
 
     logp: FloatArray
     entropy: FloatArray | None = None
+    top_ids: IntArray | None = None
+    top_logp: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +131,8 @@ class Capabilities:
     train: bool = False
     notes: tuple[str, ...] = field(default=())
     text: bool = False
+    at_ids: bool = False
+    hidden: bool = False
 
 
 class Engine(ABC):
@@ -151,8 +162,12 @@ class Engine(ABC):
             session: requests of one session usually extend each other; a hint for KV reuse.
         """
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
+    async def score(self, requests: Sequence[ScoreRequest], *, top_k: int = 0) -> list[Scores]:
         """Log-probabilities of given tokens, one result per request, in order.
+
+        Args:
+            requests: sequences and positions.
+            top_k: so many alternatives at each position, too.
 
         Raises:
             EngineError: this engine only generates (which its capabilities say).
@@ -182,6 +197,9 @@ class Engine(ABC):
                 came.
         """
         raise EngineError(f"{self.name} takes token ids and cannot answer messages")
+
+    def wake(self) -> None:  # noqa: B027  (optional)
+        """Be ready to generate with the present weights; called before episodes are played."""
 
     def release(self, session: str) -> None:  # noqa: B027  (optional)
         """Forget what is kept for ``session``."""

@@ -36,7 +36,7 @@ from agentdistill.engines import forward
 from agentdistill.engines.base import Capabilities, Engine, Sample, Sampling, ScoreRequest, Scores
 from agentdistill.engines.batch import Batch, Request
 from agentdistill.engines.refill import open_kv
-from agentdistill.errors import EngineError
+from agentdistill.errors import EngineError, UnfitError
 from agentdistill.records import Usage
 
 PASSES = 2
@@ -106,7 +106,16 @@ class HFEngine(Engine):
     @property
     def capabilities(self) -> Capabilities:
         """Everything that weights in this process allow."""
-        return Capabilities(ids=True, sampled=True, full=True, train=True, notes=self._notes)
+        return Capabilities(
+            ids=True,
+            sampled=True,
+            top_k=self._vocabulary,
+            full=True,
+            train=True,
+            notes=self._notes,
+            at_ids=True,
+            hidden=True,
+        )
 
     async def generate(
         self, ids: Sequence[int], sampling: Sampling, *, seed: int = 0, session: str | None = None
@@ -114,7 +123,8 @@ class HFEngine(Engine):
         """Draw one response; see :meth:`Engine.generate`.
 
         Raises:
-            EngineError: the request cannot run (see its message), or its batch failed.
+            UnfitError: the request cannot run (see its message).
+            EngineError: its batch failed.
         """
         if self._closed:
             raise EngineError(f"engine {self.name!r} is closed")
@@ -122,18 +132,18 @@ class HFEngine(Engine):
         prompt = ids.tolist() if isinstance(ids, np.ndarray | Tensor) else list(ids)
         request = Request(prompt, sampling, seed, session, loop.create_future())
         if problem := self._problem(request):
-            raise EngineError(problem)
+            raise UnfitError(problem)
         self._away.discard(session or "")
         self._waiting.append(request)
         if self._task is None or self._task.done() or self._task.get_loop() is not loop:
             self._task = loop.create_task(self._flush(loop))
         return await request.future
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
+    async def score(self, requests: Sequence[ScoreRequest], *, top_k: int = 0) -> list[Scores]:
         """Log-probabilities of given tokens; see :meth:`score_now`."""
-        return self.score_now(requests)
+        return self.score_now(requests, top_k)
 
-    def score_now(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
+    def score_now(self, requests: Sequence[ScoreRequest], top_k: int = 0) -> list[Scores]:
         """Log-probability and entropy at each position of each request, at temperature 1.
 
         Raises:
@@ -147,7 +157,7 @@ class HFEngine(Engine):
         results: dict[int, Scores] = {}
         with torch.no_grad(), forward.evaluating(self.model.modules()):
             for group in forward.length_groups(lengths, budget=self._budget):
-                scores = self._score_group([requests[i] for i in group])
+                scores = self._score_group([requests[i] for i in group], top_k)
                 results.update(zip(group.tolist(), scores, strict=True))
         return [results[i] for i in range(len(requests))]
 
@@ -288,17 +298,20 @@ class HFEngine(Engine):
         if problem:
             raise EngineError(f"score request {number}: {problem}")
 
-    def _score_group(self, requests: list[ScoreRequest]) -> list[Scores]:
+    def _score_group(self, requests: list[ScoreRequest], top_k: int) -> list[Scores]:
         """Requests of similar length, in one or a few forwards."""
         where = [np.asarray(r.positions, np.int64) for r in requests]
         ids = [np.asarray(r.ids, np.int64) for r in requests]
         hidden = forward.hidden_states(self.model, ids, where)
         tokens = np.concatenate([row[p] for row, p in zip(ids, where, strict=True)])
         token = torch.from_numpy(tokens).to(self._device)
-        columns = [c.cpu().numpy() for c in forward.log_probs_at(self.model, hidden, token)]
+        columns = [*forward.log_probs_at(self.model, hidden, token)]
+        if top_k:
+            best = forward.logits(self.model, hidden).float().log_softmax(-1).topk(top_k)
+            columns += [best.indices.int(), best.values]
         cuts = np.cumsum([len(p) for p in where])[:-1]
-        logp, entropy = (np.split(column, cuts) for column in columns)
-        return [Scores(*pair) for pair in zip(logp, entropy, strict=True)]
+        parts = [np.split(column.cpu().numpy(), cuts) for column in columns]
+        return [Scores(*each) for each in zip(*parts, strict=True)]
 
 
 _ENDLESS = "no id ends a response: every response runs to max_tokens"

@@ -29,7 +29,7 @@ from agentdistill.engines.base import Capabilities, Engine, Message, Sample, Sam
 from agentdistill.engines.client import OURS, client, until_the_end
 from agentdistill.engines.patience import Failure, Patience
 from agentdistill.engines.replies import Reply
-from agentdistill.errors import ConfigError, EngineError
+from agentdistill.errors import ConfigError, EngineError, UnfitError
 from agentdistill.records import Json, Usage, digest
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ class LiteLLMEngine(Engine):
     ) -> dict[str, Json]:
         """The request, without keys."""
         if tools and "tools" not in self._takes:
-            raise EngineError(f"{self.name} takes no tools; let it answer in text")
+            raise UnfitError(f"{self.name} takes no tools; let it answer in text")
         payload: dict[str, Any] = {
             "model": self.model,
             "messages": [_written(message) for message in messages],
@@ -236,7 +236,7 @@ class LiteLLMEngine(Engine):
         async with (await self._turns()).gate:
             waited, tried = await self._patience.ready(), 0
             while True:
-                found = await self._once(payload, messages, most, waited, tried)
+                found = await self._once(payload, messages, most, waited, int(tried > 0))
                 tried += 1
                 if isinstance(found, Reply):
                     return found
@@ -250,12 +250,12 @@ class LiteLLMEngine(Engine):
         messages: Sequence[Message],
         most: Usage,
         waited: float,
-        tried: int,
+        retries: int,
     ) -> Reply | Failure:
         """Send one request, and book it."""
         began = time.monotonic()
         async with self._booked(most) as call:
-            book = partial(_book, call, began=began, waited=waited, retries=tried)
+            book = partial(_book, call, began=began, waited=waited, retries=retries)
             ours = OURS.set(True)
             try:
                 async with asyncio.timeout(self._timeout):
@@ -326,6 +326,7 @@ def _book(
     if call is None:
         return
     if usage is None:
+        call.waited, call.retries = waited, retries
         call.fail(error or "no answer")
         return
     seconds = waited + time.monotonic() - began

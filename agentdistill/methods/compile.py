@@ -24,7 +24,6 @@ from agentdistill.methods.steps import (
     Heads,
     Work,
     full_divergence,
-    reward_advantages,
     rows_column,
     scorer_view,
     student_view,
@@ -35,8 +34,8 @@ from agentdistill.table import Table
 from agentdistill.views import PLAIN
 
 __all__ = [
-    "BASE", "CONTEXT", "OLD", "STUDENT", "TEACHER", "Heads", "fill", "needs_old",
-    "reward_advantages", "scorer_view", "student_view", "terms", "wanted",
+    "BASE", "CONTEXT", "OLD", "STUDENT", "TEACHER", "Heads", "fill", "scorer_view",
+    "student_view", "terms", "wanted",
 ]  # fmt: skip
 
 
@@ -62,11 +61,6 @@ def _reads_old(axes: Axes) -> bool:
     live = any(s.divergence == "rho_k3" or s.ratio_cap is not None for s in axes.signals)
     capped = axes.on_policy and axes.policy_gradient.tis_cap is not None
     return axes.advantages or sampled or live or capped
-
-
-def needs_old(axes: Axes) -> bool:
-    """Whether the student is scored once without gradient before the update."""
-    return bool(wanted(axes, OLD))
 
 
 def fill(

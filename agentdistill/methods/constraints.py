@@ -13,7 +13,7 @@ from typing import Any
 
 from agentdistill.config import RunConfig, Section, TrainStage
 from agentdistill.errors import ConfigError
-from agentdistill.methods import rules
+from agentdistill.methods import needs, rules
 from agentdistill.methods.space import FULL, Axes, SignalAxis
 
 
@@ -377,12 +377,12 @@ def check(run: RunConfig, stage: TrainStage, axes: Axes) -> None:
     for constraint in CONSTRAINTS:
         if constraint.broken(run, stage, axes):
             raise ConfigError(_sentence(run, stage, axes, constraint))
+    needs.check(run, stage, axes)
 
 
 def remarks(run: RunConfig, stage: TrainStage, axes: Axes) -> list[str]:
     """What is allowed and worth a line."""
-    broken = [each for each in REMARKS if each.broken(run, stage, axes)]
-    return [_sentence(run, stage, axes, each) for each in broken]
+    return [_sentence(run, stage, axes, r) for r in REMARKS if r.broken(run, stage, axes)]
 
 
 def _sentence(run: RunConfig, stage: TrainStage, axes: Axes, constraint: Constraint) -> str:

@@ -33,13 +33,11 @@ def _perplexity(rows: Rows, sign: float, tau: float) -> Tensor:
     from agentdistill.weights import softmax_ppl
 
     table, size = rows.table, len(rows.table.trajectories)
-    names = {name: i for i, name in enumerate(dict.fromkeys(t.group for t in table.trajectories))}
-    group = torch.tensor([names[t.group] for t in table.trajectories])
     won = rows.rewards > 0
     total = torch.zeros(size)
     for column, branch, way in (("logp/old", won, sign), ("logp/teacher", ~won, -1.0)):
         logp = segment_mean(rows.column(column), table.index["trajectory"], rows.mask, size)
-        total = total + softmax_ppl(logp, group, branch, way, tau)
+        total = total + softmax_ppl(logp, table.groups, branch, way, tau)
     return rows.spread(total)
 
 

@@ -199,10 +199,8 @@ def reward_advantages(table: Table, axes: Axes, penalties: Tensor | None = None)
     if penalties is not None:
         values = values - penalties
     valid = torch.tensor([t.reward_valid for t in table.trajectories], dtype=torch.bool)
-    names = {name: i for i, name in enumerate(dict.fromkeys(t.group for t in table.trajectories))}
-    group = torch.tensor([names[t.group] for t in table.trajectories])
     return advantage.grpo(
-        values, group, valid, normalise=reward.normalise, ddof=reward.ddof, eps=reward.eps
+        values, table.groups, valid, normalise=reward.normalise, ddof=reward.ddof, eps=reward.eps
     )
 
 

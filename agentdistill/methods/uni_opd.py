@@ -25,11 +25,9 @@ def _margin(rows: Rows, delta: float) -> Tensor:
     from agentdistill.weighting import segment_mean
 
     table, size = rows.table, len(rows.table.trajectories)
-    names = {name: i for i, name in enumerate(dict.fromkeys(t.group for t in table.trajectories))}
-    group = torch.tensor([names[t.group] for t in table.trajectories])
     valid = torch.tensor([t.reward_valid for t in table.trajectories], dtype=torch.bool)
     mean = segment_mean(table["advantage"], table.index["trajectory"], rows.mask, size)
-    return rows.spread(margin_shift(mean, rows.rewards > 0, group, valid, delta=delta))
+    return rows.spread(margin_shift(mean, rows.rewards > 0, table.groups, valid, delta=delta))
 
 
 UNI_OPD = Method(

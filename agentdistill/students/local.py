@@ -13,6 +13,7 @@ Invariants
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -79,6 +80,23 @@ def load(
     except (RuntimeError, AssertionError) as error:  # torch has no own error for either
         remedy = f"cannot be used; give auto, cpu, or a device that is here ({_line(error)})"
         raise ConfigError(remedy, key="device", value=config.device) from error
+
+
+def tokenizer_of(path: str) -> Any:
+    """The tokenizer in a folder or at a hub id.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(_place(path))
+    except ConfigError:
+        raise
+    except Exception as error:  # a broken folder raises whatever its reader does
+        remedy = "no tokenizer there; give the folder or hub id of the model that is served"
+        raise ConfigError(f"{remedy} ({_line(error)})", key="tokenizer", value=path) from error
 
 
 def _place(path: str) -> str:
@@ -210,3 +228,24 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"missing: {', '.join(sorted(report['missing_keys']))}")
     found: dict[str, Tensor] = loaded.state_dict()
     return found
+
+
+def save_served(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write what a server reads: as :func:`save`, with a head of its own where it is tied.
+
+    vLLM 0.32 reloads weights in place, and leaves a head that is tied to the embedding as it was.
+    A folder in which nothing is tied is reloaded completely, by a server that was started from one.
+    """
+    if _adapted(model) or not getattr(model.config, "tie_word_embeddings", False):
+        save(model, tokenizer, folder)
+        return
+    state = dict(model.state_dict())
+    head: Any = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
+    for name, values in state.items():
+        if values.data_ptr() == head.data_ptr():
+            state[name] = values.clone()
+    model.save_pretrained(folder, state_dict=state)
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    tokenizer.save_pretrained(folder)

@@ -1,12 +1,14 @@
-"""In-process scoring: what a set of weights says about the rows of a table.
+"""Scoring: what a set of weights says about the rows of a table.
 
-On one machine a teacher is scored here, as hidden states and a chunked head; scoring over HTTP is
-for teachers elsewhere. A scorer reads a *view* of each stream, so a teacher with privileged
-context, a second copy or the student's own past (``old``) are the same thing with another view.
+On one machine a teacher is scored here, as hidden states and a chunked head; scoring over HTTP
+(:mod:`agentdistill.teachers.remote`) is for teachers elsewhere. A scorer reads a *view* of each
+stream, so a teacher with privileged context, a second copy or the student's own past (``old``) are
+the same thing with another view.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,30 +29,52 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class LocalScorer:
-    """Weights in this process that score tables."""
+class Scorer(ABC):
+    """Whoever scores tables: weights in this process, or a server."""
 
-    def __init__(self, name: str, model: PreTrainedModel) -> None:
-        """``name`` is what columns call this scorer."""
-        self.name, self.model = name, model
+    name: str
 
     @property
     def present(self) -> bool:
         """Whether these are the student's weights of this moment (K12); another model never is."""
         return False
 
-    def before(self, n: int) -> None:
+    def before(self, n: int) -> None:  # noqa: B027  (optional)
         """Called before the rollout of iteration ``n``; these weights stay as they are."""
 
-    def after(self) -> None:
+    def after(self) -> None:  # noqa: B027  (optional)
         """Called after the updates of an iteration; these weights stay as they are."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep, for the training loop: nothing of weights that stay."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (optional)
         """Go on from :meth:`state_dict`."""
+
+    @abstractmethod
+    def head(self, hidden: Tensor) -> Tensor:
+        """What the column ``hidden`` holds of some rows → logits [n, V]."""
+
+    @abstractmethod
+    def score(
+        self,
+        table: Table,
+        want: Iterable[str] = ("logp",),
+        *,
+        view: str = PLAIN,
+        rows: Tensor | None = None,
+        micro_tokens: int = 16384,
+    ) -> int:
+        """Add the columns ``what/name@view`` for every ``what`` in ``want``; return scored ids."""
+
+
+class LocalScorer(Scorer):
+    """Weights in this process that score tables."""
+
+    def __init__(self, name: str, model: PreTrainedModel) -> None:
+        """``name`` is what columns call this scorer."""
+        self.name, self.model = name, model
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [n, H] → logits [n, V], where the hidden states are.

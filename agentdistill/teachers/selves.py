@@ -27,7 +27,7 @@ from torch import Tensor
 from agentdistill.engines.forward import evaluating, head
 from agentdistill.errors import ConfigError, EngineError
 from agentdistill.table import Table
-from agentdistill.teachers.scorer import LocalScorer
+from agentdistill.teachers.scorer import LocalScorer, Scorer
 from agentdistill.views import PLAIN, View
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class SelfScorer(LocalScorer):
                 self._student[name].data = tensor
 
 
-def silent(scorer: LocalScorer, table: Table, view: str = PLAIN, own: str = PLAIN) -> Tensor:
+def silent(scorer: Scorer, table: Table, view: str = PLAIN, own: str = PLAIN) -> Tensor:
     """Rows [N], bool, on which ``scorer`` can only say what the student says (K12).
 
     Those where it is the student's present weights and has read exactly what the student read. To

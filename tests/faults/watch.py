@@ -204,7 +204,7 @@ def update(axes: Axes, table: Table) -> tuple[Batch, Tensor]:
     want = plan.wanted(axes)
     if want:
         scorer.score(table, want, rows=table.acted, micro_tokens=MICRO)
-    if plan.needs_old(axes) and "logp/old" not in table.columns:
+    if plan.wanted(axes, plan.OLD) and "logp/old" not in table.columns:
         old = LocalScorer(plan.OLD, model("student"))
         old.score(table, rows=table.acted, micro_tokens=MICRO)
     plan.fill(table, axes)

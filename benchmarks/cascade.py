@@ -1,0 +1,354 @@
+"""In-context distillation and the cascade, beside what else the same teacher calls could buy.
+
+Local models stand in for API models, priced by a table. A model of this size cannot use
+demonstrations that it never learnt to use, so the student is *meta-trained*: on an expert's
+episodes with demonstrations in the prompt, of other tasks and out of a collection that is not used
+again. The collection that is searched afterwards is of the teacher's own successful episodes.
+
+Who plays the report panel, everybody the same tasks once, sampled:
+
+* ``teacher``; ``student``; ``+ retrieval`` (one sample); ``+ cascade`` (three, unanimous, else the
+  teacher for that step); ``cascade alone`` (without demonstrations);
+* at the cascade's share of teacher calls: ``random`` escalation, and a ``confidence`` threshold on
+  the sample's log-probability, both with demonstrations.
+
+Invariants
+----------
+* Settings are declared here; the share and the threshold of the two controls are read off a sweep
+  on the tune split, and the report panel is played once.
+* Claims are about these policies on these tasks: intervals are over tasks. One training is no
+  replicate, and nothing is claimed about methods.
+* Costs come from recorded tokens and the table; ``cached`` is an ideal prefix cache.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common import command, facts, finished, results_file, save, show
+
+PRICES = {
+    "teacher": {"input": "3", "cache_write": "3.75", "cache_read": "0.30", "output": "15"},
+    "student": {"input": "0.40", "cache_read": "0.10", "output": "1.60"},
+}
+"""Money per million tokens: what a large and a small model cost in the autumn of 2025."""
+
+RULES = [("unanimous", None), ("majority", None)]
+CONFIDENCE = (-0.01, -0.03, -0.1, -0.2, -0.4, -0.7, -1.2)
+CHANCES = (0.1, 0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One environment and the sizes that go with it.
+
+    Attributes:
+        env: section of the configuration.
+        evaluate: the same.
+        prompt: the same.
+        tokens: of a response.
+        models: sizes of teacher and student.
+        k: demonstrations.
+        window: steps to each side of the one that matched.
+        warm: expert episodes that the student sees without demonstrations.
+        lessons: expert episodes in the collection of the meta-training.
+        shown: expert episodes with demonstrations beside them.
+        demos: expert episodes that the teacher learns from.
+        library: successful episodes of the teacher in the collection that is searched.
+        steps: iterations of teacher, student's warm-up, meta-training.
+        batch: episodes of an iteration.
+        lr: their learning rate.
+    """
+
+    env: Mapping[str, Any]
+    evaluate: Mapping[str, Any]
+    prompt: Mapping[str, Any]
+    models: Mapping[str, Mapping[str, Any]]
+    tokens: int = 1
+    k: int = 2
+    window: int = 0
+    warm: int = 100
+    lessons: int = 800
+    shown: int = 1500
+    demos: int = 4000
+    library: int = 800
+    steps: tuple[int, int, int] = (600, 110, 500)
+    batch: int = 32
+    lr: float = 3e-3
+
+
+SIZES = {
+    "teacher": {"hidden": 96, "heads": 3, "feed_forward": 256},
+    "student": {"hidden": 64, "heads": 2, "feed_forward": 192},
+}
+
+WORLDS = {
+    "sokoban": World(
+        {
+            "id": "agentdistill/Sokoban-v0",
+            "options": {"height": 7, "width": 7, "min_moves": 3, "max_moves": 15, "max_steps": 20,
+                        "expert_ties": "random"},
+        },
+        {"panel": "sokoban"},
+        {"preset": "bare", "window": 0},  # a room is all there is to know: no history
+        SIZES,
+    ),
+}  # fmt: skip
+
+
+def small(world: World) -> World:
+    """The same in seconds; shows that it works, and nothing else."""
+    rest = {key: value for key, value in world.evaluate.items() if key != "panel"}
+    return replace(
+        world,
+        evaluate={**rest, "tasks": 10},
+        lessons=30,
+        shown=30,
+        demos=60,
+        library=10,
+        warm=20,
+        steps=(30, 10, 10),
+        batch=8,
+    )
+
+
+def recipe(world: World, name: str, output: str) -> dict[str, Any]:
+    """The run: teacher, meta-trained student, the teacher's collection, and the policies."""
+    sft = {"method": "sft", "lr": world.lr, "schedule": "cosine", "warmup": 0.05,
+           "weight_decay": 0.01, "tasks": world.batch}  # fmt: skip
+    expert = {"do": "collect", "policy": "expert", "batch": 256}
+    teacher, warm, meta = world.steps
+    shows = {"k": world.k, "window": world.window}
+    return {
+        "name": name,
+        "output": output,
+        "env": world.env,
+        "prompt": world.prompt,
+        "sampling": {"max_tokens": world.tokens},
+        "models": {key: {**size, "price": PRICES[key]} for key, size in world.models.items()},
+        "stages": [
+            {**expert, "name": "demos", "episodes": world.demos},
+            {**expert, "name": "lessons", "episodes": world.lessons},
+            {**expert, "name": "shown", "episodes": world.shown, "policy": "showing"},
+            {**sft, "name": "taught", "model": "teacher", "data": "demos", "iterations": teacher},
+            {**sft, "name": "warm", "model": "student", "data": "demos", "limit": world.warm,
+             "iterations": warm},
+            {**sft, "name": "reader", "model": "student", "init": "warm", "data": "shown",
+             "iterations": meta},
+            {**expert, "name": "library", "episodes": world.library, "policy": "taught"},
+        ],
+        "policies": {
+            "showing": {"student": "student", "teacher": "expert", "rule": "always",
+                        "demos": "lessons", "teacher_demos": True, **shows},
+            "cascade": {"student": "reader", "teacher": "taught", "demos": "library", **shows},
+        },
+        "evaluate": {"policies": [], "modes": ["sampled"], **world.evaluate},
+    }  # fmt: skip
+
+
+def players(k: int, share: float, threshold: float) -> dict[str, dict[str, Any]]:
+    """Everybody's changes of the cascade, by name."""
+    return {
+        "teacher": {"rule": "always", "k": 0},
+        "student": {"rule": "never", "samples": 1, "k": 0},
+        "+ retrieval": {"rule": "never", "samples": 1},
+        "+ cascade": {},
+        "cascade alone": {"k": 0},
+        "random": {"rule": "random", "threshold": share, "samples": 1},
+        "confidence": {"rule": "confidence", "threshold": threshold, "samples": 1},
+    }
+
+
+# -- tuning ----------------------------------------------------------------------------------------
+
+
+def controls(points: Sequence[Any], k: int) -> tuple[float, float]:
+    """The cascade's share of teacher calls, and the confidence threshold that comes nearest to it.
+
+    Args:
+        points: of a sweep (:class:`agentdistill.tuning.Point`).
+        k: demonstrations of the cascade.
+    """
+    mine = [point for point in points if point.said.k == k]
+    (cascade,) = [p for p in mine if p.said.rule == "unanimous" and p.said.samples == 3]
+    sure = [p for p in mine if p.said.rule == "confidence"]
+    nearest = min(sure, key=lambda p: abs(p.share - cascade.share))
+    return cascade.share, float(nearest.said.threshold)
+
+
+def run(world: World, name: str, output: Path) -> dict[str, Any]:
+    """Train, sweep on the tune split, play the report panel."""
+    import agentdistill as ad
+    from agentdistill.config import load
+    from agentdistill.tuning import sweep
+
+    config = load(recipe(world, name, str(output)))
+    outcome = ad.distill(config)
+    rules = [*RULES, *(("confidence", least) for least in CONFIDENCE)]
+    found = sweep(config, "cascade", samples=(1, 2, 3, 5), ks=(0, world.k), rules=rules,
+                  chances=CHANCES, say=lambda line: print(f"tune {line}", flush=True))  # fmt: skip
+    share, threshold = controls(found.points, world.k)
+    results = played(config, players(world.k, share, threshold), output / f"{name}-report")
+    return {
+        "world": asdict(world),
+        "seconds": {stage: said["seconds"] for stage, said in outcome.stages.items()},
+        "sweep": found.to_json(),
+        "share": share,
+        "threshold": threshold,
+        "results": results,
+    }
+
+
+# -- the report panel ------------------------------------------------------------------------------
+
+
+def played(
+    config: Any, changes: Mapping[str, Mapping[str, Any]], folder: Path
+) -> dict[str, dict[str, Any]]:
+    """What everybody did on the report panel; who has played before is read."""
+    import json
+
+    from agentdistill.config import CascadeConfig
+    from agentdistill.evaluation import play
+    from agentdistill.files import write_text
+    from agentdistill.run import Run
+
+    folder.mkdir(parents=True, exist_ok=True)
+    base, found = config.policies["cascade"].model_dump(), {}
+    with Run(config) as the_run:
+        for name, change in changes.items():
+            file = folder / f"{name.strip('+ ').replace(' ', '-')}.json"
+            said = CascadeConfig.model_validate({**base, **change})
+            if not file.exists():
+                policy = the_run.cascade("cascade", said=said)
+                result = play(the_run, policy, "sampled", config.evaluate)
+                write_text(file, json.dumps({**result.to_json(), "said": said.model_dump()}))
+                print(f"report {name}: {result.success:.1%}", flush=True)
+            found[name] = json.loads(file.read_text())
+    return found
+
+
+def even(results: Mapping[str, Any], demonstrations: int, name: str, kind: str) -> str:
+    """Episodes until the demonstrations have paid for themselves, for people."""
+    from agentdistill import costs
+
+    teacher, mine = results["teacher"]["cost"][kind], results[name]["cost"][kind]
+    return costs.episodes(costs.break_even(demonstrations * teacher, teacher, mine))
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The report panel, a policy a line."""
+    results = found["results"]
+    number = found["sweep"]["demonstrations"]
+    header = ("report panel", "success", "95%", "teacher calls", "turns",
+              "cost uncached", "cached", "break-even", "against cached")  # fmt: skip
+    lines = []
+    for name, result in results.items():
+        low, high = (100 * bound for bound in result["interval"])
+        base = results["teacher"]["cost"]
+        pays = name in ("+ retrieval", "+ cascade", "random", "confidence")
+        lines.append(
+            [
+                name,
+                f"{result['success']:.1%}",
+                f"{low:.0f} to {high:.0f}",
+                f"{result['asked'] or 0:.1%}",
+                f"{result['turns']:.1f}",
+                *(f"{result['cost'][kind] / base[kind]:.2f}" for kind in ("uncached", "cached")),
+                *(even(results, number, name, kind) if pays else "-"
+                  for kind in ("uncached", "cached")),
+            ]
+        )  # fmt: skip
+    return show(header, lines)
+
+
+PAIRS = (
+    ("+ retrieval", "student"),
+    ("+ cascade", "+ retrieval"),
+    ("+ cascade", "teacher"),
+    ("+ cascade", "cascade alone"),
+    ("+ cascade", "random"),
+    ("+ cascade", "confidence"),
+)
+"""Declared before anything ran: the shape of the paper, and the controls."""
+
+
+def differences(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Paired differences in success over tasks, with 95% intervals and adjusted p-values."""
+    from agentdistill.statistics import by_task, holm, over_tasks, sign_flip
+
+    found = []
+    for first, second in PAIRS:
+        pair = [by_task(results[n]["outcomes"], len(results[n]["keys"])) for n in (first, second)]
+        gap = pair[0] - pair[1]
+        interval = over_tasks(*pair)
+        found.append(
+            {"first": first, "second": second, "difference": float(gap.mean()),
+             "low": interval.low, "high": interval.high, "p": sign_flip(gap)}
+        )  # fmt: skip
+    adjusted = holm([one["p"] for one in found])
+    return [{**one, "holm": p} for one, p in zip(found, adjusted, strict=True)]
+
+
+def compared(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The declared pairs as a table."""
+    header = ("paired difference", "mean", "95%", "p", "Holm")
+    return show(
+        header,
+        [
+            [f"{r['first']} - {r['second']}", f"{r['difference']:+.3f}",
+             f"{r['low']:+.3f} to {r['high']:+.3f}", f"{r['p']:.3f}", f"{r['holm']:.3f}"]
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def curves(found: Mapping[str, Any]) -> str:
+    """Areas between each rule's curve and random escalation, on the tune split."""
+    lines = [
+        [curve["label"], " ".join(f"{x:.2f}:{y:.2f}" for x, y in curve["points"]),
+         "-" if curve["gain"] is None else f"{curve['gain']:+.3f}"]
+        for curve in found["sweep"]["curves"]
+    ]  # fmt: skip
+    return show(("tune split", "share of teacher calls: success", "gain over random"), lines)
+
+
+def shape(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Whether the paper's shape is there, in one line."""
+    by = {(r["first"], r["second"]): r for r in rows}
+    steps = {
+        "retrieval helps": by["+ retrieval", "student"]["low"] > 0,
+        "the cascade helps more": by["+ cascade", "+ retrieval"]["low"] > 0,
+        "the cascade is not behind the teacher": by["+ cascade", "teacher"]["high"] >= 0,
+    }
+    said = "; ".join(f"{name}: {'yes' if holds else 'not shown'}" for name, holds in steps.items())
+    return f"student < + retrieval < + cascade ~ teacher: {said}"
+
+
+def main() -> None:
+    """Read the command line, run, print, write."""
+    parser = command("cascade", __doc__)
+    parser.add_argument("--worlds", nargs="*", choices=tuple(WORLDS), default=list(WORLDS))
+    parser.add_argument("--runs", type=Path, help="folder of the runs, which go on there")
+    given = parser.parse_args()
+    known = facts()
+    with tempfile.TemporaryDirectory() as folder:
+        output, found = given.runs or Path(folder), {}
+        for name in given.worlds:
+            world = small(WORLDS[name]) if given.small else WORLDS[name]
+            one = run(world, f"cascade-{name}", output)
+            one["differences"] = differences(one["results"])
+            print(f"\n{name}\n{table(one)}\n\n{compared(one['differences'])}\n")
+            print(f"{shape(one['differences'])}\n\n{curves(one)}\n")
+            found[name] = one
+    file = results_file(given)
+    if file is not None:
+        save(file, {"machine": finished(known), "prices": PRICES, "worlds": found})
+
+
+if __name__ == "__main__":
+    main()
