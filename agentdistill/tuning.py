@@ -259,7 +259,7 @@ def _even(
     said: CascadeConfig, result: Result, teacher: Result, shown: int
 ) -> dict[str, float] | None:
     """Episodes to break even against the teacher, whose episodes the demonstrations were."""
-    if result.cost is None or teacher.cost is None:
+    if result.cost is None or teacher.cost is None or said.rule == "always":
         return None
     number = shown if said.k else 0
     return {

@@ -102,6 +102,16 @@ def test_the_same_prompt_again_is_read() -> None:
     assert cost["cached"] == pytest.approx((1000 * 1 + 30 * 4) / 1e6)
 
 
+def test_the_prompt_of_one_request_counts_once() -> None:
+    first, rest = Usage(input=1000, output=10), Usage(output=10)
+    others = [Alternative("x", (), usage, "student") for usage in (first, rest)]
+    found = episode(turn(0, "student", Usage(input=1000, output=30), *others))
+    cost = per_episode([found], PRICES, nothing)
+    assert cost is not None
+    assert cost["paid"] == cost["uncached"] == cost["cached"]
+    assert [call.again for call in calls(found)] == [False, True, True]
+
+
 def test_hints_that_change_are_no_common_beginning() -> None:
     def prompts(trajectory: Trajectory, number: int, informed: bool) -> Prompt:
         asked.append((number, informed))
