@@ -38,7 +38,7 @@ from agentdistill.config import (
     TrainStage,
     load,
 )
-from agentdistill.engines.base import Engine, Sampling
+from agentdistill.engines.base import Sampling
 from agentdistill.envs.base import TextEnv
 from agentdistill.envs.make import make
 from agentdistill.errors import ConfigError, MissingExtraError
@@ -288,20 +288,6 @@ class Run:
         folder = self.folder(said.demos) if said.demos and said.demos in stages else None
         card, grammar = self.env.card, self.config.prompt.grammar
         return of_config(name, said, student, teacher, folder, card, grammar)
-
-    def answering(self, name: str, role: str = "student") -> Engine:
-        """The model or train stage called ``name``, as an engine that takes messages.
-
-        ``role`` is what a ledger books it as. Errors as in :meth:`model` and :meth:`remote`.
-        """
-        if isinstance(self.config.models.get(name), ApiModel):
-            return self.remote(name).in_role(role)
-        from agentdistill.engines.templated import TemplatedEngine
-
-        loaded = self.model(name)
-        tokenizer: Any = loaded.tokenizer
-        own = loaded.engine.capabilities.text  # a server with the template on its side
-        return loaded.engine if own else TemplatedEngine(loaded.engine, tokenizer)
 
     def chatting(
         self, name: str, sampling: SamplingConfig | None = None, role: str = "student"
