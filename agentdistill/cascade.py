@@ -291,6 +291,17 @@ def _confidence(candidate: _Candidate) -> float | None:
     return sum(sample.logp) / len(sample.logp)
 
 
+def possible(name: str, said: CascadeConfig, card: Card) -> None:
+    """Refuse a cascade that the environment with this card cannot have.
+
+    Raises:
+        ConfigError: samples are to be tried out, and it cannot restore its states.
+    """
+    if said.execute and not card.restores:
+        remedy = f"{card.id} cannot restore its states, so nothing can be tried in it"
+        raise ConfigError(remedy, key=f"policies.{name}.execute", value=True)
+
+
 def of_config(
     name: str,
     said: CascadeConfig,
@@ -317,9 +328,7 @@ def of_config(
             restore its states.
     """
     key, demos = f"policies.{name}", None
-    if said.execute and not card.restores:
-        remedy = f"{card.id} cannot restore its states, so nothing can be tried in it"
-        raise ConfigError(remedy, key=f"{key}.execute", value=True)
+    possible(name, said, card)
     if not isinstance(student, Proposer):
         raise ConfigError("name a model", key=f"{key}.student", value=said.student)
     if said.demos and said.k:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from agentdistill.callbacks import Callback, Callbacks, JsonLines
+from agentdistill.cascade import possible
 from agentdistill.config import CollectStage, RunConfig, StageConfig, TinyModel, TrainStage
 from agentdistill.errors import ConfigError, EngineError
 from agentdistill.evaluation import Result, evaluate, modes
@@ -79,6 +80,8 @@ def validate(config: RunConfig) -> Run:
                     key = f"stages.{stage.name}.evaluate_every"
                     raise ConfigError(remedy, key=key, value=stage.evaluate_every)
                 for_tuning(config, the_run.env)
+    for name, said in config.policies.items():
+        possible(name, said, card)
     if config.evaluate.policies:
         if config.evaluate.panel is None and card.split(config.evaluate.split) not in known:
             _unknown_split("evaluate.split", config.evaluate.split, known)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from agentdistill.config import EvaluateConfig, load
+from agentdistill.config import EvaluateConfig, RunConfig, load
 from agentdistill.errors import ConfigError
 from agentdistill.evaluation import Result, evaluate, modes, summarise
 from agentdistill.methods.index import get
@@ -278,9 +278,10 @@ def test_the_panel_does_not_depend_on_the_run(tmp_path: Path) -> None:
 
 
 def test_modes(tmp_path: Path) -> None:
-    assert modes("expert", EvaluateConfig()) == modes("random", EvaluateConfig()) == ["-"]
-    assert modes("student", EvaluateConfig()) == ["sampled", "greedy"]
-    assert modes("student", EvaluateConfig(modes=["greedy", "greedy"])) == ["greedy"]
+    assert modes("expert", RunConfig()) == modes("random", RunConfig()) == ["-"]
+    assert modes("student", RunConfig()) == ["sampled", "greedy"]
+    only = RunConfig(evaluate=EvaluateConfig(modes=["greedy", "greedy"]))
+    assert modes("student", only) == ["greedy"]
     run = a_run(tmp_path)
     sampled, greedy = (evaluate(run, "student", mode) for mode in ("sampled", "greedy"))
     assert (sampled.episodes, greedy.episodes) == (15, 5)

@@ -20,12 +20,13 @@ from agentdistill.cli import (
     runs,
     serving,
     setup,
+    tune,
 )
 from agentdistill.cli.base import app
 
 __all__ = [
     "app", "compare", "data", "diagnose", "importing", "lists", "main", "panels", "plan", "report",
-    "runs", "serving", "setup",
+    "runs", "serving", "setup", "tune",
 ]  # fmt: skip
 
 

@@ -191,7 +191,9 @@ def opened(folder: Path) -> Run:
 def reader(the_run: Run, config: StageConfig) -> str | None:
     """Name of the model that acts in a stage, at its end if it has ended; None where none does."""
     if isinstance(config, CollectStage):
-        return None if config.policy in ("expert", "random") else config.policy
+        made = the_run.config.policies.get(config.policy)
+        name = made.student if made else config.policy
+        return None if name in ("expert", "random") else name
     trained = (the_run.folder(config.name) / "model").is_dir()
     return config.name if trained else config.init or config.model
 

@@ -89,6 +89,10 @@ def _small(config: RunConfig, folder: str) -> RunConfig:
                 values[key] = model.get(name or "", name)
         stages.append(values)
     whole = config.model_dump(mode="json")
+    for made in whole["policies"].values():
+        student, teacher = (model.get(made[key] or "", made[key]) for key in ("student", "teacher"))
+        alone = {"rule": "never", "threshold": None} if teacher == student else {}
+        made.update(student=student, teacher=None if alone else teacher, **alone)
     whole.update(name="plan", output=folder, stages=stages, evaluate={})
     return load(whole)
 

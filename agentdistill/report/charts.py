@@ -142,6 +142,55 @@ def line_chart(
     return Chart(title, note, x_label, lines, ticks_x, tuple(y_ticks), hits, 1, head, shown)
 
 
+def curve_chart(
+    title: str,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    x_label: str,
+    x_unit: str = "",
+    unit: str = "rate",
+    note: str = "",
+) -> Chart | None:
+    """A chart through given points, none of them averaged; None without points.
+
+    Args:
+        title: what is shown.
+        curves: by label: (x, y), x at least 0 and increasing.
+        x_label: of the horizontal axis.
+        x_unit: a key of :data:`FORMATS`.
+        unit: the same, of what is drawn.
+        note: what a reader has to know.
+    """
+    curves = {label: points for label, points in curves.items() if points}
+    if not curves:
+        return None
+    every = [point for points in curves.values() for point in points]
+    width = max(x for x, _ in every) or 1.0
+    high = 1.0 if unit == "rate" else max(y for _, y in every)
+    ticks = _ticks(0.0, high if high > 0 else 1.0, 5)
+    frame = _Frame(width, ticks[0], max(high, ticks[-1]))
+    lines = tuple(
+        Line(label, _path(points, frame), "", tone)
+        for tone, (label, points) in enumerate(curves.items())
+    )
+    across, words = FORMATS[x_unit], FORMATS[unit]
+    places = sorted({x for x, _ in every})
+    table = tuple(
+        (across(x), *(words(dict(points).get(x)) for points in curves.values())) for x in places
+    )
+    edges = [0.0, *((a + b) / 2 for a, b in pairwise(places)), width]
+    hits = tuple(
+        Hit(frame.x(start), 0, frame.x(end) - frame.x(start), 100, _said(x_label, curves, line))
+        for (start, end), line in zip(pairwise(edges), table, strict=True)
+    )
+    y_ticks = tuple(Tick(frame.y(tick), _axis(tick, unit)) for tick in reversed(ticks))
+    x_ticks = tuple(
+        Tick(frame.x(tick), _axis(tick, x_unit)) for tick in _ticks(0, width, 4) if tick <= width
+    )
+    head = (x_label, *curves)
+    return Chart(title, note, x_label, lines, x_ticks, y_ticks, hits, 1, head, table)
+
+
 class _Frame(NamedTuple):
     """From numbers to percent of the plot; y points down."""
 
