@@ -379,6 +379,19 @@ def test_work_can_be_abandoned() -> None:
         assert found == [(503, "draining")] and engine.cancelled == 1
 
 
+def test_no_answer_waits_for_an_acknowledgement() -> None:
+    """40 ms of the kernel's, where a connection has Nagle's algorithm."""
+    with Running(Scripted()) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        seconds = []
+        for _ in range(15):
+            began = time.monotonic()
+            assert exchange(connection, path="/health")[0] == 200
+            seconds.append(time.monotonic() - began)
+        connection.close()
+    assert sorted(seconds)[5] < 0.03  # the first ones are acknowledged at once
+
+
 # -- recordings ------------------------------------------------------------------------------------
 
 
