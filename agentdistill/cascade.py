@@ -156,7 +156,7 @@ class CascadePolicy(Policy):
     async def act(self, episode: Episode) -> Response:
         """The student's answer, or the teacher's."""
         skip = self.teacher is not None and self.rule.skips(self._seed(episode))
-        hint = "" if skip and not self.shown.teacher else await self._hint(episode)
+        hint = "" if skip and not self.shown.teacher else self._hint(episode)
         decision = await decide(
             self.rule,
             partial(self._draw, episode, hint),
@@ -177,7 +177,7 @@ class CascadePolicy(Policy):
     def _seed(self, episode: Episode) -> int:
         return derive_seed(episode.turn_seed, "cascade")
 
-    async def _hint(self, episode: Episode) -> str:
+    def _hint(self, episode: Episode) -> str:
         """What this step's prompts say besides; writes the episode's note at its first step."""
         if self.shown.place == "after":
             return self.shown.text(episode)

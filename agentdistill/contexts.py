@@ -269,15 +269,16 @@ def forget_note(trajectory: Trajectory, renderer: Renderer) -> Trajectory:
         raise ValueError(
             f"trajectory {trajectory.id}: its actor read no note that could be dropped"
         )
-    size = len(renderer.note(text))
+    numbers = range(len(trajectory.streams))
+    sizes = [len(renderer.note(_noted(trajectory, number))) for number in numbers]
     streams = tuple(
-        _cut(stream, _place(trajectory, number, renderer), size)
+        _cut(stream, _place(trajectory, number, renderer), sizes[number])
         for number, stream in enumerate(trajectory.streams)
     )
     provenance = {key: v for key, v in trajectory.provenance.items() if key != "note"}
     return dataclasses.replace(
         trajectory,
-        turns=tuple(_moved(turn, size) for turn in trajectory.turns),
+        turns=tuple(_moved(turn, sizes) for turn in trajectory.turns),
         streams=streams,
         provenance={**provenance, "edit": "hint", "hint": text},
         derived_from=trajectory.id,
@@ -376,8 +377,9 @@ def _cut(stream: Stream, at: int, size: int) -> Stream:
     return Stream(kept(stream.ids), kept(stream.author), kept(stream.kind), logp)
 
 
-def _moved(turn: Turn, size: int) -> Turn:
+def _moved(turn: Turn, sizes: Sequence[int]) -> Turn:
     if turn.span is None:
         return turn
+    size = sizes[turn.span.stream]
     start, end = turn.span.start - size, turn.span.end - size
     return dataclasses.replace(turn, span=dataclasses.replace(turn.span, start=start, end=end))

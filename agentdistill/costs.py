@@ -24,7 +24,7 @@ from decimal import Decimal
 from itertools import pairwise
 
 from agentdistill.prices import Price, prompt_of
-from agentdistill.records import Trajectory, Turn, Usage
+from agentdistill.records import Author, Trajectory, Turn, Usage
 
 Prompt = tuple[str, ...]
 """The texts of a prompt's messages, in order."""
@@ -58,7 +58,7 @@ def calls(trajectory: Trajectory) -> list[Call]:
     """All that was drawn in an episode, in order; nothing of scripted actors and replayed turns."""
     found = []
     for number, turn in enumerate(trajectory.turns):
-        if turn not in trajectory.acted or turn.usage == Usage():
+        if turn.author is Author.REPLAY or turn.usage == Usage():
             continue
         drawn = [Call(one.actor or turn.actor.name, one.usage, number) for one in turn.alternatives]
         own = Call(turn.actor.name, _own(turn), number, turn.informed)

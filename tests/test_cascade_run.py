@@ -240,3 +240,19 @@ def test_one_policy_can_be_asked_for(played: Any) -> None:
     assert again.mode == "sampled" and again.outcomes == tuple(
         results["mix sampled"].outcomes or again.outcomes
     )
+
+
+def test_a_report_shows_them(played: Any, tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    from agentdistill.report import report
+    from agentdistill.report.results import columns as heads
+    from agentdistill.report.results import result_rows
+
+    loaded, results = played
+    runs = read_runs([loaded.path])
+    assert heads(runs)[-2:] == ("teacher", "cost")
+    cells = {row.policy: [cell.text for cell in row.cells[-2:]] for row in result_rows(runs)}
+    assert cells["expert"] == ["–", "–"] and cells["student"][0] == "–"  # noqa: RUF001
+    assert cells["mix"][0] == f"{results['mix sampled'].asked:.1%}"
+    page = Path(report([loaded.path], tmp_path / "r.html", score=False).file).read_text()
+    assert cells["mix"][1] in page

@@ -10,7 +10,7 @@ import pytest
 
 from agentdistill.codec import pack, unpack
 from agentdistill.config import TinyModel
-from agentdistill.contexts import forget_hints, with_notes, without_note
+from agentdistill.contexts import forget_hints, forget_note, with_notes, without_note
 from agentdistill.engines.base import Sample, Sampling
 from agentdistill.engines.hf import HFEngine
 from agentdistill.policy import Episode, ModelPolicy, Policy, Response
@@ -166,6 +166,9 @@ def test_who_did_not_read_it_is_on_record() -> None:
     view, plain = without_note(mine), play(mine, {})[0][0]
     found = view(mixed, 1)
     assert found is not None and found.ids.tolist() == plain.streams[0].ids.tolist()
+    edited = forget_note(mixed, mine)
+    assert edited.streams[1].ids.tolist() == plain.streams[0].ids.tolist()
+    assert edited.turns[1].span == mixed.turns[1].span
 
 
 @pytest.mark.parametrize("hint", HINTS)

@@ -18,7 +18,7 @@ from agentdistill.errors import MissingExtraError
 from agentdistill.report import figures
 from agentdistill.report.cards import Card
 from agentdistill.report.read import RunData, StageData
-from agentdistill.report.results import COLUMNS, note, result_rows
+from agentdistill.report.results import columns, note, result_rows
 from agentdistill.report.sample import Facts
 from agentdistill.report.words import NOTHING, clean, clip, count, duration, seeds
 
@@ -110,7 +110,7 @@ def _context(material: Material) -> dict[str, Any]:
         "seeds": seeds([run.seed for run in runs]),
         "facts": _about(runs),
         "finished": all(run.finished for run in runs),
-        "columns": COLUMNS,
+        "columns": columns(runs),
         "results": results,
         "results_note": note(runs, results),
         "curves": figures.curves(rows),

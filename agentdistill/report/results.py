@@ -32,13 +32,20 @@ class Row:
         policy: its name.
         method: how it was trained, "" for others.
         bar: success with its bounds, in percent; None where nothing was measured.
-        cells: after the policy, in the order of :data:`COLUMNS`.
+        cells: after the policy, in the order of :func:`columns`.
     """
 
     policy: str
     method: str
     bar: tuple[float, float, float] | None
     cells: tuple[Cell, ...]
+
+
+def columns(runs: Sequence[RunData]) -> tuple[str, ...]:
+    """:data:`COLUMNS`, and those about teachers and money where some result has them."""
+    results = [result for run in runs for result in run.results]
+    asked = ("teacher",) if any(result.asked is not None for result in results) else ()
+    return (*COLUMNS, *asked, *(("cost",) if any(result.cost for result in results) else ()))
 
 
 def result_rows(runs: Sequence[RunData]) -> list[Row]:
@@ -67,7 +74,7 @@ def _row(name: str, runs: Sequence[RunData]) -> Row:
         bar = (round(100 * low, 1), round(100 * mean, 1), round(100 * high, 1))
         if len(sampled) == 1:
             success = Cell(success.text, f"{100 * low:.0f} to {100 * high:.0f}")
-    cells = (
+    cells: tuple[Cell, ...] = (
         success,
         _mean([result.success for result in greedy], percent),
         _mean([r.optimal for r in behaviour if r.optimal is not None], percent),
@@ -76,6 +83,11 @@ def _row(name: str, runs: Sequence[RunData]) -> Row:
         _mean([summary["env_steps"] for summary in done if summary.get("env_steps")], count),
         _mean([summary["seconds"] for summary in done if "seconds" in summary], duration),
     )
+    more = {
+        "teacher": _mean([r.asked for r in behaviour if r.asked is not None], percent),
+        "cost": _mean([r.cost["paid"] for r in behaviour if r.cost], lambda value: f"{value:.3g}"),
+    }
+    cells += tuple(more[column] for column in columns(runs)[len(COLUMNS) :])
     method = stages[0].what if stages else ""
     return Row(name, method, bar, cells)
 
@@ -108,6 +120,10 @@ def note(runs: Sequence[RunData], rows: Sequence[Row]) -> str:
     else:
         said += "Success of sampled episodes with its 95% Wilson interval. "
     said += "Greedy: the likeliest token. The others as sampled, where sampled."
+    if "teacher" in columns(runs):
+        said += " Teacher: share of the turns that the teacher of a cascade answered."
+    if "cost" in columns(runs):
+        said += " Cost: money per episode."
     faults = sum(result.faults for result in results)
     return said + (f" {count(faults)} episodes were lost to faults." if faults else "")
 
