@@ -40,7 +40,7 @@ from agentdistill.config import (
     VllmModel,
     load,
 )
-from agentdistill.engines.base import Sampling
+from agentdistill.engines.base import Engine, Sampling
 from agentdistill.envs.base import TextEnv
 from agentdistill.envs.make import make
 from agentdistill.errors import ConfigError, MissingExtraError
@@ -325,7 +325,6 @@ class Run:
         card, grammar = self.env.card, self.config.prompt.grammar
         return of_config(name, said, student, teacher, folder, card, grammar)
 
-<<<<<<< HEAD
     def answering(self, name: str, role: str = "student") -> Engine:
         """The model or train stage called ``name``, as an engine that takes messages.
 
@@ -341,8 +340,6 @@ class Run:
         own = voice.engine.capabilities.text  # a server with the template on its side
         return voice.engine if own else TemplatedEngine(voice.engine, tokenizer)
 
-=======
->>>>>>> b4c7bca4c2a6f9eba098d2014c07cc6d9a9bb136
     def chatting(
         self, name: str, sampling: SamplingConfig | None = None, role: str = "student"
     ) -> ChatPolicy:

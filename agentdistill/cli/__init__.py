@@ -27,13 +27,8 @@ from agentdistill.cli import (
 from agentdistill.cli.base import app
 
 __all__ = [
-<<<<<<< HEAD
     "app", "compare", "cost", "data", "diagnose", "importing", "lists", "main", "panels", "plan",
     "probe", "report", "runs", "serving", "setup", "tune",
-=======
-    "app", "compare", "data", "diagnose", "importing", "lists", "main", "panels", "plan", "report",
-    "runs", "serving", "setup", "tune",
->>>>>>> b4c7bca4c2a6f9eba098d2014c07cc6d9a9bb136
 ]  # fmt: skip
 
 

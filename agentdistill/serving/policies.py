@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from agentdistill import actions
-from agentdistill.config import ApiModel, CascadeConfig
+from agentdistill.config import CascadeConfig
 from agentdistill.demos import Demos, of_stage
 from agentdistill.demos.store import FILE
 from agentdistill.engines.base import Engine, Sampling
@@ -34,22 +33,7 @@ def engine_of(run: Run, name: str) -> Engine:
     if name not in known:
         remedy = f"nothing of this name answers messages; known: {', '.join(known)}"
         raise ConfigError(remedy, key="policy", value=name)
-    return answering(run, name)
-
-
-def answering(run: Run, name: str, role: str = "student") -> Engine:
-    """The model or train stage called ``name``, as an engine that takes messages.
-
-    ``role`` is what a ledger books it as. Errors as in :meth:`Run.model` and :meth:`Run.remote`.
-    """
-    if isinstance(run.config.models.get(name), ApiModel):
-        return run.remote(name).in_role(role)
-    from agentdistill.engines.templated import TemplatedEngine
-
-    loaded = run.model(name)
-    tokenizer: Any = loaded.tokenizer
-    own = loaded.engine.capabilities.text  # a server with the template on its side
-    return loaded.engine if own else TemplatedEngine(loaded.engine, tokenizer)
+    return run.answering(name)
 
 
 def _cascade(run: Run, name: str, said: CascadeConfig) -> MessageCascade:
@@ -63,8 +47,8 @@ def _cascade(run: Run, name: str, said: CascadeConfig) -> MessageCascade:
     prompt = run.config.prompt
     return MessageCascade(
         name,
-        answering(run, said.student),
-        answering(run, said.teacher, "teacher") if said.teacher else None,
+        run.answering(said.student),
+        run.answering(said.teacher, "teacher") if said.teacher else None,
         said.decides(),
         shown=_shown(run, said, refuse),
         drafts=Sampling(**run.config.sampling.model_dump()),
