@@ -7,8 +7,9 @@ again. The collection that is searched afterwards is of the teacher's own succes
 
 Who plays the report panel, everybody the same tasks once, sampled:
 
-* ``teacher``; ``student``; ``+ retrieval`` (one sample); ``+ cascade`` (three, unanimous, else the
-  teacher for that step); ``cascade alone`` (without demonstrations);
+* ``teacher``; the student ``before`` its meta-training; ``student``, after it, without
+  demonstrations; ``+ retrieval`` (one sample); ``+ cascade`` (three, unanimous, else the teacher
+  for that step); ``cascade alone`` (without demonstrations);
 * at the cascade's share of teacher calls: ``random`` escalation, and a ``confidence`` threshold on
   the sample's log-probability, both with demonstrations.
 
@@ -154,6 +155,7 @@ def players(k: int, share: float, threshold: float) -> dict[str, dict[str, Any]]
     """Everybody's changes of the cascade, by name."""
     return {
         "teacher": {"rule": "always", "k": 0},
+        "before": {"student": "warm", "rule": "never", "samples": 1, "k": 0},
         "student": {"rule": "never", "samples": 1, "k": 0},
         "+ retrieval": {"rule": "never", "samples": 1},
         "+ cascade": {},
@@ -268,13 +270,14 @@ def table(found: Mapping[str, Any]) -> str:
 
 PAIRS = (
     ("+ retrieval", "student"),
+    ("+ retrieval", "before"),
     ("+ cascade", "+ retrieval"),
     ("+ cascade", "teacher"),
     ("+ cascade", "cascade alone"),
     ("+ cascade", "random"),
     ("+ cascade", "confidence"),
 )
-"""Declared before anything ran: the shape of the paper, and the controls."""
+"""Declared before the report panel was played: the shape of the paper, and the controls."""
 
 
 def differences(results: Mapping[str, Any]) -> list[dict[str, Any]]:
