@@ -71,10 +71,7 @@ def rehearse(config: RunConfig) -> RunConfig:
     world = WORLDS.get(config.env.id, ELSEWHERE)
     values = config.model_dump()
     values.update(name=f"{config.name}-rehearsal", workers=1, concurrency=world.at_once)
-    values["models"] = {
-        name: model if isinstance(model, TinyModel) else TINY
-        for name, model in config.models.items()
-    }
+    values["models"] = {name: _model(model) for name, model in config.models.items()}
     values["budget"] = {}
     values["stages"] = [_stage(stage) for stage in config.stages]
     _at_most(values["sampling"], max_tokens=TOKENS)
@@ -85,6 +82,11 @@ def rehearse(config: RunConfig) -> RunConfig:
     if config.evaluate.panel is not None:
         values["evaluate"]["panel"] = None  # its tasks are those of the official data
     return load(values)
+
+
+def _model(model: ModelConfig) -> ModelConfig:
+    """``model``, or a random one in its place; nothing is on a server, and nobody is paid."""
+    return model.model_copy(update={"server": None}) if isinstance(model, TinyModel) else TINY
 
 
 def _stage(stage: StageConfig) -> dict[str, Any]:

@@ -199,11 +199,13 @@ class Run:
         """The model or train stage called ``name``, with its trained weights where it has some."""
         need_torch("a model")
         import torch
+        from transformers.utils import logging
 
         from agentdistill.engines.hf import HFEngine
         from agentdistill.students.local import load_weights
         from agentdistill.students.served import serve
 
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         torch.set_num_threads(self.config.threads)
         stage = next((s for s in self.config.stages if s.name == name), None)
         key = stage.model if isinstance(stage, TrainStage) else name

@@ -23,8 +23,7 @@ Called = tuple[str, dict[str, Json]]
 
 # Some models end their turn in place of the last closing tag.
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-_FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)(?:</function>)?\s*", re.DOTALL)
-_PARAMETER = re.compile(r"\s*<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+_FUNCTION, _PARAMETER = "<function=", "<parameter="
 
 
 def read(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[Called, ...]]:
@@ -57,15 +56,25 @@ def written(calls: Sequence[Called], identity: str) -> tuple[dict[str, Json], ..
 
 
 def _tagged(body: str, tools: Sequence[Mapping[str, Any]]) -> Called | None:
-    function = _FUNCTION.fullmatch(body)
-    if function is None:
-        return _object(_json(body))
-    name, inside = function[1], function[2]
-    if _PARAMETER.sub("", inside).strip():
+    text = body.strip()
+    if not text.startswith(_FUNCTION):
+        return _object(_json(text))
+    name, closed, rest = text.removeprefix(_FUNCTION).partition(">")
+    before, *parts = rest.removesuffix("</function>").split(_PARAMETER)
+    found = [_parameter(part) for part in parts]
+    if not closed or not name.strip() or before.strip() or None in found:
         return None
-    typed = _types(name, tools)
-    found = _PARAMETER.findall(inside)
-    return name, {key: _value(value, typed.get(key)) for key, value in found}
+    typed = _types(name.strip(), tools)
+    return name.strip(), {pair[0]: _value(pair[1], typed.get(pair[0])) for pair in found if pair}
+
+
+def _parameter(text: str) -> tuple[str, str] | None:
+    """Name and value of what follows ``<parameter=``."""
+    name, closed, rest = text.partition(">")
+    value, ended, after = rest.rpartition("</parameter>")
+    if not closed or not ended or after.strip():
+        return None
+    return name.strip(), value.removeprefix("\n").removesuffix("\n")
 
 
 def _bare(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[Called, ...]:

@@ -94,6 +94,7 @@ async def until_the_end(
         kept, mine = client().in_memory_llm_clients_cache, f"-{id(loop)}"
         for key in [key for key in kept.cache_dict if str(key).endswith(mine)]:
             kept.ttl_dict.pop(key, None)
-            closed = kept.cache_dict.pop(key).close()
+            connection = kept.cache_dict.pop(key, None)  # engines of one loop end side by side
+            closed = None if connection is None else connection.close()
             if inspect.isawaitable(closed):
                 await closed

@@ -258,8 +258,8 @@ class ServedEngine(VLLMEngine):
             raise EngineError(
                 f"{self.endpoint.url} has read version {self.version} of {self.name} and still "
                 f"says something else (by {gap:.3g} nats a token, tolerance {self._tolerance:g}): "
-                "serve a model of the same architecture and dtype, which nobody else updates, and "
-                "let folder and seen_as name one place"
+                "serve a model of the same architecture, which nobody else updates, let folder and "
+                "seen_as name one place, and raise tolerance where the server is in bfloat16"
             )
 
     async def close(self) -> None:

@@ -39,7 +39,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from agentdistill.config import CollectStage, RunConfig, TrainStage
+from agentdistill.config import CollectStage, RunConfig, TrainStage, VllmModel
 from agentdistill.errors import AgentDistillError
 from agentdistill.recipe import validate
 from agentdistill.run import Run, need_torch
@@ -100,7 +100,8 @@ def _memory(config: RunConfig, stage: TrainStage, one: Lengths) -> dict[str, Any
         return sizes.size(config.models[key], key)
 
     student = sized(stage.model)
-    teacher = sized(stage.teacher) if stage.teacher else None
+    here = stage.teacher and not isinstance(config.models.get(stage.teacher), VllmModel)
+    teacher = sized(str(stage.teacher)) if here else None
     lengths = step.scaled(one, stage, student.context)
     slots = min(config.concurrency, lengths.episodes)
     axes = get(stage.method).resolve(stage.axes)

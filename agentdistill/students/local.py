@@ -233,8 +233,8 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 def save_served(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write what a server reads: as :func:`save`, with a head of its own where it is tied.
 
-    vLLM 0.32 reloads weights in place, and leaves a head that is tied to the embedding as it was.
-    A folder in which nothing is tied is reloaded completely, by a server that was started from one.
+    vLLM 0.32 reads weights in place of its own, and keeps its old head where a folder has none,
+    also where head and embedding are one tensor. Where the head stands apart it reads all of it.
     """
     if _adapted(model) or not getattr(model.config, "tie_word_embeddings", False):
         save(model, tokenizer, folder)

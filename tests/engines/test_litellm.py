@@ -370,3 +370,14 @@ def test_loops_come_and_go() -> None:
             assert asyncio.run(once(one, seed)) == "right"
     kept = client().in_memory_llm_clients_cache.cache_dict
     assert not one._loops and not any(str(key).endswith(tuple(ended)) for key in kept)
+
+
+def test_engines_of_one_loop_end_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    with Provider() as provider:
+        two = [engine(provider), engine(provider, role="teacher")]
+
+        async def both() -> None:
+            await asyncio.gather(*(one.chat(HI, SHORT) for one in two))
+
+        asyncio.run(both())
+    assert not caplog.records, "asyncio logs what fails while a loop ends"

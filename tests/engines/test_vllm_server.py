@@ -18,6 +18,7 @@ from agentdistill.callbacks import Callback
 from agentdistill.config import LoraConfig, load
 from agentdistill.engines.base import Message, Sampling, ScoreRequest
 from agentdistill.engines.hf import HFEngine
+from agentdistill.engines.local_server import Server
 from agentdistill.engines.probing import by_ids
 from agentdistill.engines.served import ByAdapter, ByPath, ServedEngine
 from agentdistill.engines.vllm import VLLMEngine
@@ -29,7 +30,6 @@ from agentdistill.students.served import write_folder
 from agentdistill.table import build
 from agentdistill.teachers.remote import RemoteScorer
 from agentdistill.teachers.scorer import LocalScorer
-from tests.vllm_server import Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -227,13 +227,15 @@ def _follows(engine: ServedEngine, here: HFEngine, model: Any) -> list[str]:
     return names
 
 
-def _served(server: Server, model: Any, tokenizer: Any, courier: Any) -> tuple[Any, HFEngine]:
+def _served(
+    server: Server, model: Any, tokenizer: Any, courier: Any, save: Any = local.save_served
+) -> tuple[Any, HFEngine]:
     here = HFEngine(model, tokenizer)
     engine = ServedEngine(
         server.endpoint,
         tokenizer,
         courier,
-        lambda folder: local.save_served(model, tokenizer, folder),
+        lambda folder: save(model, tokenizer, folder),
         lambda request, k: here.score_now([request], k)[0].top_logp,
         probe=[7, 8, 9],
     )
@@ -335,12 +337,20 @@ def test_a_method_that_needs_more_is_refused_before_anything_is_asked(place: Pla
         execute(config)
 
 
-def test_a_server_that_did_not_take_the_weights_is_not_believed(place: Place) -> None:
-    """vLLM 0.32 leaves a head that is tied to the embedding as it was. The last: it is spoilt."""
-    model, tokenizer = _load(place.teacher)
-    torch.manual_seed(0)
-    courier = ByPath(place.frozen.endpoint, place.output / "tied", None, "student")
-    engine, _ = _served(place.frozen, model, tokenizer, courier)
-    _shaken(model)
-    with pytest.raises(EngineError, match="still says something else"):
-        asyncio.run(engine.generate([7, 8], Sampling(max_tokens=2)))
+def test_a_tied_head_arrives_and_without_ours_it_would_not(place: Place) -> None:
+    """vLLM 0.32 keeps the old head where the folder has none of its own; the proof finds that.
+
+    The last test: the frozen server is spoilt.
+    """
+    for number, save in enumerate((local.save_served, local.save)):
+        model, tokenizer = _load(place.teacher)
+        assert model.config.tie_word_embeddings
+        torch.manual_seed(0)
+        courier = ByPath(place.frozen.endpoint, place.output / f"tied{number}", None, "student")
+        engine, here = _served(place.frozen, model, tokenizer, courier, save)
+        if save is local.save_served:
+            _follows(engine, here, model)
+            continue
+        _shaken(model)
+        with pytest.raises(EngineError, match="still says something else"):
+            asyncio.run(engine.generate([7, 8], Sampling(max_tokens=2)))

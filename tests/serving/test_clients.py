@@ -179,6 +179,20 @@ def test_openai_that_gives_up_ends_the_work() -> None:
 # -- litellm, on both sides ------------------------------------------------------------------------
 
 
+async def _by_litellm(url: str) -> tuple[Any, list[Any]]:
+    """An answer with tools, and the parts of a stream."""
+    from agentdistill.engines.client import client, until_the_end
+
+    keeper = until_the_end(asyncio.get_running_loop(), {})
+    await anext(keeper)  # it closes litellm's connections when this loop ends
+    asked: dict[str, Any] = {"model": "openai/cascade", "base_url": url, "api_key": "none"}
+    asked["_skip_mcp_handler"] = True  # it imports a package that litellm does not need
+    answer = await client().acompletion(messages=HI, tools=[TOOL], **asked)
+    usage = {"include_usage": True}
+    stream = await client().acompletion(messages=HI, stream=True, stream_options=usage, **asked)
+    return answer, [part async for part in stream]
+
+
 @pytest.mark.litellm
 def test_litellm_before_and_behind() -> None:
     """A client's litellm asks the cascade, whose engines ask a provider by litellm."""
@@ -190,19 +204,7 @@ def test_litellm_before_and_behind() -> None:
     with Provider(lambda number, payload: move[payload["model"]]) as provider:
         one = MessageCascade("cascade", remote(provider, "small"), remote(provider, "big"), Rule())
         with Running(one) as server:
-            from agentdistill.engines.client import client as litellm_
-
-            asked: dict[str, Any] = {
-                "model": "openai/cascade",
-                "base_url": server.url,
-                "api_key": "none",
-            }
-            asked["_skip_mcp_handler"] = True  # it imports a package that litellm does not need
-            answer = litellm_().completion(messages=HI, tools=[TOOL], **asked)
-            stream = litellm_().completion(
-                messages=HI, stream=True, stream_options={"include_usage": True}, **asked
-            )
-            parts = [part for part in stream]
+            answer, parts = asyncio.run(_by_litellm(server.url))
     message = answer.choices[0].message
     assert message.content == "up" and message.tool_calls[0].function.name == "walk"
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (200, 46)

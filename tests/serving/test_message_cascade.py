@@ -242,7 +242,8 @@ def test_nothing_of_the_same_task_is_shown(demos: Demos, tmp_path: Path) -> None
     """By the opening of a recorded chat, and by what an environment's episode began with."""
     asked = {"role": "user", "content": "Where is order 7?"}
     answer = {"role": "assistant", "content": "In Bremen."}
-    (tmp_path / "log").write_text(json.dumps({"messages": [asked, answer], "success": True}))
+    line = {"messages": [asked, answer], "success": True, "goal": "find a parcel"}
+    (tmp_path / "log").write_text(json.dumps(line))
     recorded = read_log(tmp_path / "log").trajectories
     chats = Shown(Demos.build([*recorded, KITCHEN], tmp_path / "chats"))
     rules = Message("system", "Other rules.")

@@ -178,65 +178,6 @@ def test_models_and_health() -> None:
 # -- refusals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("body", "param", "words"),
-    [
-        (b"{torn", None, "not JSON"),
-        (b'{"n": NaN}', None, "not JSON"),
-        (b"[" * 5000, None, "not JSON"),
-        (
-            b'{"model": "cascade", "messages": [{"role": "user", "content": "\\ud800"}]}',
-            None,
-            "JSON",
-        ),
-        ([1], None, "not a JSON object"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, "model", "required"),
-        ({"model": "cascade"}, "messages", "required"),
-        ({"model": "cascade", "messages": []}, "messages", "at least 1"),
-        (chat("hi") | {"messages": [{"role": "bard"}]}, "messages.0", "bard"),
-        (
-            chat("hi") | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages.0",
-            "only text",
-        ),
-        (
-            chat("hi") | {"messages": [{"role": "assistant", "tool_calls": [{"id": "c"}]}]},
-            "messages.0",
-            "function",
-        ),
-        (chat("hi", n=0), "n", "greater than"),
-        (chat("hi", n=True), "n", "valid integer"),
-        (chat("hi", temperature=3), "temperature", "less than"),
-        (chat("hi", max_tokens="9"), "max_tokens", "valid integer"),
-        (chat("hi", stop=list("abcde")), "stop", "at most 4"),
-        (chat("hi", stop=""), "stop.constrained-str", "at least 1"),
-        (chat("hi", tools=[{"type": "retrieval"}]), "tools.0.type", "function"),
-        (chat("hi", tool_choice="required"), "tool_choice", "only auto and none"),
-        (chat("hi", logprobs=True), "logprobs", "not supported"),
-        (chat("hi", response_format={"type": "json_object"}), "response_format", "not supported"),
-        (chat("hi", logit_bias={"5": 1}), "logit_bias", "not supported"),
-        (chat("hi", magic=1), "magic", "unknown parameter"),
-    ],
-)
-def test_what_is_wrong_is_named(body: Any, param: str | None, words: str) -> None:
-    from agentdistill.serving.protocol import ApiError, read
-
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with pytest.raises(ApiError, match=words) as caught:
-        read(raw, Sampling())
-    error = caught.value.body["error"]
-    assert caught.value.status == 400 and error["type"] == "invalid_request_error"
-    assert error["param"] == param or str(error["param"]).startswith(f"{param}.")
-
-
-def test_parameters_that_change_nothing_are_taken() -> None:
-    from agentdistill.serving.protocol import IGNORED, read
-
-    neutral = {"logprobs": False, "frequency_penalty": 0.0, "response_format": {"type": "text"}}
-    body = chat("hi", parallel_tool_calls=True, **neutral, **dict.fromkeys(IGNORED, "x"))
-    assert read(json.dumps(body).encode(), Sampling()).messages == (Message("user", "hi"),)
-
-
 def test_statuses_and_bodies() -> None:
     def fail(messages: Sequence[Message], number: int) -> Sample:
         raise ERRORS[messages[-1].content]
@@ -436,6 +377,19 @@ def test_work_can_be_abandoned() -> None:
         server.call(server.serving.abandon)
         begun.join(10)
         assert found == [(503, "draining")] and engine.cancelled == 1
+
+
+def test_no_answer_waits_for_an_acknowledgement() -> None:
+    """40 ms of the kernel's, where a connection has Nagle's algorithm."""
+    with Running(Scripted()) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        seconds = []
+        for _ in range(15):
+            began = time.monotonic()
+            assert exchange(connection, path="/health")[0] == 200
+            seconds.append(time.monotonic() - began)
+        connection.close()
+    assert sorted(seconds)[5] < 0.03  # the first ones are acknowledged at once
 
 
 # -- recordings ------------------------------------------------------------------------------------

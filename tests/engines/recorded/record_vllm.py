@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from agentdistill.engines.endpoint import ServerError
+from agentdistill.engines.local_server import Server
 from agentdistill.engines.probing import by_ids
 from agentdistill.engines.vllm import VLLMEngine
 from tests import vllm_double
 from tests.engines.test_vllm import DRAWN, GREEDY, LONG, MESSAGES, PROMPT, SCORED, SHORT
-from tests.vllm_server import Server
 
 
 def record(url: str, tokenizer: Any) -> dict[str, Any]:
