@@ -26,11 +26,12 @@ from typing import Literal
 from agentdistill import actions, equivalence
 from agentdistill.agreement import Decision, Rule, decide
 from agentdistill.config import CascadeConfig
-from agentdistill.demos import Demos, block, of_stage
+from agentdistill.demos import Demos, Match, block, of_stage
 from agentdistill.demos.store import FILE
 from agentdistill.envs.base import Card
 from agentdistill.errors import ConfigError
 from agentdistill.policy import (
+    TAG,
     Episode,
     ModelPolicy,
     Policy,
@@ -41,7 +42,12 @@ from agentdistill.policy import (
     derive_seed,
     total,
 )
-from agentdistill.records import Alternative, StepResult, Verdict
+from agentdistill.records import Alternative, StepResult, Usage, Verdict
+
+QUESTION = (
+    "Do not act yet. Say in a few plain sentences what has to happen, and in which order, to do "
+    "this task."
+)
 
 BEFORE, AFTER = "Steps from tasks that were solved:", "Now to the task at hand."
 
@@ -61,6 +67,8 @@ class Shown:
             first step, and part of every prompt of the episode.
         grammar: in whose format they are written.
         teacher: whether the teacher sees them, too.
+        plan: ask the student once what it means to do, shown the plans of similar tasks, and find
+            demonstrations by its plan as well.
     """
 
     demos: Demos | None = None
@@ -69,20 +77,31 @@ class Shown:
     place: Place = "after"
     grammar: str = "plain"
     teacher: bool = False
+    plan: bool = False
 
     def text(self, episode: Episode) -> str:
         """Demonstrations for what is seen now, "" where there are none."""
+        text = block(self._found(episode), grammar=self.grammar)
+        return f"{BEFORE}\n\n{text}\n\n{AFTER}" if text else ""
+
+    def question(self, episode: Episode) -> str:
+        """What asks for a plan."""
+        plans = dict.fromkeys(match.plan for match in self._found(episode) if match.plan)
+        similar = "".join(f"A plan that solved a similar task: {plan}\n\n" for plan in plans)
+        goal = "" if episode.goal in episode.observation else f"The task: {episode.goal}\n"
+        return f"{similar}{goal}{episode.observation}\n\n{QUESTION}"
+
+    def _found(self, episode: Episode) -> list[Match]:
         if self.demos is None or not self.k:
-            return ""
-        found = self.demos.search(
+            return []
+        return self.demos.search(
             goal=episode.goal,
+            plan=episode.plan,
             observation=episode.observation,
             task=episode.task,
             k=self.k,
             window=self.window,
         )
-        text = block(found, grammar=self.grammar)
-        return f"{BEFORE}\n\n{text}\n\n{AFTER}" if text else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +149,7 @@ class CascadePolicy(Policy):
         asked = (student, teacher) if teacher else (student,)
         self.wants_admissible = any(policy.wants_admissible for policy in asked)
         self._begun: set[str] = set()
+        self._planned: set[str] = set()
 
     def _check(self) -> None:
         def refuse(key: str, value: object, remedy: str) -> ConfigError:
@@ -156,7 +176,10 @@ class CascadePolicy(Policy):
     async def act(self, episode: Episode) -> Response:
         """The student's answer, or the teacher's."""
         skip = self.teacher is not None and self.rule.skips(self._seed(episode))
-        hint = "" if skip and not self.shown.teacher else self._hint(episode)
+        hint, aside = "", None
+        if self.shown.teacher or not skip:
+            aside = await self._plan(episode)
+            hint = self._hint(episode)
         decision = await decide(
             self.rule,
             partial(self._draw, episode, hint),
@@ -165,17 +188,27 @@ class CascadePolicy(Policy):
             confidence=_confidence,
             seed=self._seed(episode),
         )
-        return self._recorded(decision, hint)
+        return self._recorded(decision, hint, aside)
 
     def finish(self, episode: Episode) -> None:
         """Forget the episode, as the actors do."""
         self._begun.discard(episode.id)
+        self._planned.discard(episode.id)
         self.student.finish(episode)
         if self.teacher is not None:
             self.teacher.finish(episode)
 
     def _seed(self, episode: Episode) -> int:
         return derive_seed(episode.turn_seed, "cascade")
+
+    async def _plan(self, episode: Episode) -> Alternative | None:
+        """Ask once for the episode's plan; what was said, and what it cost."""
+        if not self.shown.plan or episode.id in self._planned:
+            return None
+        self._planned.add(episode.id)
+        text, spent = await self.student.say(self.shown.question(episode), episode)
+        episode.plan = TAG.sub("", text).strip()
+        return Alternative(text, (), spent, self.student.name)
 
     def _hint(self, episode: Episode) -> str:
         """What this step's prompts say besides; writes the episode's note at its first step."""
@@ -256,15 +289,18 @@ class CascadePolicy(Policy):
 
     # -- the record -------------------------------------------------------------------------------
 
-    def _recorded(self, decision: Decision[_Candidate], hint: str) -> Response:
+    def _recorded(
+        self, decision: Decision[_Candidate], hint: str, aside: Alternative | None
+    ) -> Response:
         chosen, drawn = decision.chosen.response, [one.response for one in decision.drawn]
-        spent = [one.usage for one in drawn]
+        spent = [*(one.usage for one in drawn), aside.usage if aside else Usage()]
         if decision.by_teacher:
             spent.append(chosen.usage)
         others = tuple(
             Alternative(one.text, one.parsed.actions, one.usage, self.student.name)
             for one in (candidate.response for candidate in decision.others)
         )
+        others = others if aside is None else (*others, aside)
         return replace(chosen, alternatives=others, usage=total(*spent), hint=hint)
 
 
@@ -336,7 +372,8 @@ def of_config(
             remedy = "neither a collect stage nor a folder of demonstrations"
             raise ConfigError(remedy, key=f"{key}.demos", value=said.demos)
         demos = Demos.open(said.demos) if stage is None else of_stage(stage)
-    shown = Shown(demos, said.k, said.window, said.place, grammar, said.teacher_demos)
+    teacher_reads, planned = said.teacher_demos, said.plan
+    shown = Shown(demos, said.k, said.window, said.place, grammar, teacher_reads, planned)
     rule, same = said.decides(), said.equivalence
     return CascadePolicy(
         name, student, teacher, rule, shown, equivalence=same, execute=said.execute

@@ -21,8 +21,8 @@ from typing import Any
 from agentdistill import actions
 from agentdistill.engines.base import Engine, Message, Sample, Sampling
 from agentdistill.errors import ConfigError
-from agentdistill.policy import TAG, Episode, Proposer, Response
-from agentdistill.records import Actor, Json, Turn
+from agentdistill.policy import TAG, Episode, Proposer, Response, derive_seed
+from agentdistill.records import Actor, Json, Turn, Usage
 from agentdistill.wording import Wording
 
 _APART = {"reasoning": "apart"}
@@ -70,6 +70,14 @@ class ChatPolicy(Proposer):
             seed=episode.turn_seed,
         )
         return [replace(self.response(sample), hint=hint) for sample in samples]
+
+    async def say(self, question: str, episode: Episode) -> tuple[str, Usage]:
+        """Ask the engine with the question alone, after the instruction."""
+        system = [Message("system", self.wording.system)] if self.wording.system else []
+        seed = derive_seed(episode.turn_seed, "aside")
+        asked = [*system, Message("user", question)]
+        (sample,) = await self.engine.chat(asked, self.sampling, seed=seed)
+        return sample.text, sample.usage
 
     def tools(self, episode: Episode) -> Sequence[Mapping[str, Any]]:
         """What the model may call in ``episode``."""

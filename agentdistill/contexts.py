@@ -378,7 +378,7 @@ def _cut(stream: Stream, at: int, size: int) -> Stream:
 
 
 def _moved(turn: Turn, sizes: Sequence[int]) -> Turn:
-    if turn.span is None:
+    if turn.span is None or not sizes:
         return turn
     size = sizes[turn.span.stream]
     start, end = turn.span.start - size, turn.span.end - size

@@ -335,6 +335,7 @@ class Player:
         request, episode = self._request, self._episode
         read = episode.note if episode else request.note
         note = {"note": read} if read else {}
+        plan = {"plan": episode.plan} if episode and episode.plan else {}
         return Trajectory(
             request.task,
             request.group or request.task.key,
@@ -348,6 +349,6 @@ class Player:
             request.horizon,
             request.counter,
             faults,
-            {**request.provenance, **note},
+            {**request.provenance, **note, **plan},
             goal=episode.goal if episode else "",
         )

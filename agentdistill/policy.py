@@ -68,6 +68,7 @@ class Episode:
             (``Policy.wants_admissible``).
         note: what only this actor reads, "" for nothing; a policy may write one before its first
             response, and it goes on record.
+        plan: what the actor means to do; a policy may write it, and it goes on record.
         ask: puts a question to the environment where that runs; a fault of it ends the episode.
         turns: finished turns, replayed ones included.
         replies: the tokens of each finished turn, None where it is only text.
@@ -84,6 +85,7 @@ class Episode:
     replies: list[Reply | None] = field(default_factory=list)
     note: str = ""
     ask: Ask = _at_once
+    plan: str = ""
 
     @property
     def turn_seed(self) -> int:
@@ -225,10 +227,18 @@ class Proposer(Policy):
             hint: what the prompt says besides, right before the observation, this once.
         """
 
+    @abstractmethod
+    async def say(self, question: str, episode: Episode) -> tuple[str, Usage]:
+        """The answer to a question beside the episode, and what it cost; no turn shows either."""
+
     async def act(self, episode: Episode) -> Response:
         """The only one of one response."""
         (response,) = await self.propose(episode)
         return response
+
+
+_ASIDE = "first thought"
+"""In the seed of an answer beside the episode."""
 
 
 class ModelPolicy(Proposer):
@@ -260,6 +270,12 @@ class ModelPolicy(Proposer):
         responses = [self._response(sample, forced, (ids, authors), hint) for sample in samples]
         first = replace(responses[0], usage=total(spent, responses[0].usage))
         return [first, *responses[1:]]
+
+    async def say(self, question: str, episode: Episode) -> tuple[str, Usage]:
+        """Ask the engine with the question alone."""
+        prompt, seed = self.renderer.alone(question), derive_seed(episode.turn_seed, _ASIDE)
+        sample = await self.engine.generate(prompt, self.sampling, seed=seed)
+        return sample.text, sample.usage
 
     async def _draw(self, ids: list[int], episode: Episode, n: int) -> list[Sample]:
         """``n`` samples; the first is the one that would be drawn alone."""
@@ -366,10 +382,8 @@ class FirstThought(ModelPolicy):
         if any(turn.actor.name == self.name for turn in own):
             return (), Usage()
         goal = "" if episode.goal in episode.observation else f"The task: {episode.goal}\n"
-        prompt = self.renderer.alone(f"{_QUESTION}\n\n{goal}{episode.observation}")
-        seed = derive_seed(episode.turn_seed, "first thought")
-        sample = await self.engine.generate(prompt, self.sampling, seed=seed)
-        return self._forced(sample.text), sample.usage
+        text, spent = await self.say(f"{_QUESTION}\n\n{goal}{episode.observation}", episode)
+        return self._forced(text), spent
 
     def _forced(self, answer: str) -> tuple[int, ...]:
         """The tokens of the first paragraph of ``answer`` as the beginning of a response."""

@@ -166,7 +166,7 @@ def effective(said: CascadeConfig) -> CascadeConfig:
     if change.get("samples", said.samples) == 1:
         change |= {"execute": False, "equivalence": "auto"}
     if rule == "always" and not said.teacher_demos:
-        change["k"] = 0
+        change |= {"k": 0, "plan": False}
     return _changed(said, change)
 
 

@@ -21,13 +21,15 @@ from tests.toy import micro
 
 PRICES = {"teacher": {"input": 10, "output": 30}, "student": {"input": 1, "output": 3}}
 MIX = {"student": "student", "teacher": "taught", "demos": "demos", "k": 2, "window": 1}
+"""The cascade of these tests."""
 
 
 def config(output: Path, **changes: Any) -> dict[str, Any]:
     """The micro run without its second training, its models with prices, and two cascades."""
     base = micro(output)
     models = {name: {**model, "price": PRICES[name]} for name, model in base["models"].items()}
-    policies = {"mix": MIX, "chance": {**MIX, "rule": "random", "threshold": 0.5, "demos": None}}
+    chance = {**MIX, "rule": "random", "threshold": 0.5, "demos": None, "plan": True}
+    policies = {"mix": MIX, "chance": chance}
     return {
         **base,
         "models": models,

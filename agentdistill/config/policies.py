@@ -38,6 +38,8 @@ class CascadeConfig(Section):
     """After the history, new at each step; or before it, found once for the whole episode."""
     teacher_demos: bool = False
     """Show them to the teacher, too."""
+    plan: bool = False
+    """Ask the student for a plan once, before its first answer, and find demonstrations by it."""
     execute: bool = False
     """Compare what the samples lead to, tried out on snapshots of the environment."""
 

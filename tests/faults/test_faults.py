@@ -139,11 +139,11 @@ def _(patch: pytest.MonkeyPatch) -> None:
 def _(patch: pytest.MonkeyPatch) -> None:
     true = Conversation.ask
 
-    def ask(self: Conversation, observation: str, admissible: Any = ()) -> Any:
+    def ask(self: Conversation, observation: str, admissible: Any = (), **more: Any) -> Any:
         kept = self._shown, self._replies
         self._shown, self._replies = kept[0][1:], kept[1][1:]
         try:
-            return true(self, observation, admissible)
+            return true(self, observation, admissible, **more)
         finally:
             self._shown, self._replies = kept
 
