@@ -68,7 +68,8 @@ def server_folder(
     if folder.exists():
         raise ConfigError("exists already; name another one", key="FOLDER", value=str(folder))
     with Run(load(config, overrides or ())) as the_run:
-        command = served.write_folder(the_run.model(model), folder.absolute())
+        found = the_run.model(model)
+        command = served.write_folder(found.model, found.tokenizer, folder.absolute())
     if as_json:
         document({"folder": str(folder.absolute()), "command": command})
         return

@@ -343,7 +343,11 @@ class RunConfig(Section):
         Defaults are left out, so that a key that is new in a later version changes no run.
         """
         exclude = {"output", "name", "workers"}
-        return digest(self.model_dump(mode="json", exclude=exclude, exclude_defaults=True))
+        found = self.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
+        for model in found.get("models", {}).values():
+            if "server" in model:  # the weights are ours, wherever the server is
+                model["server"] = True
+        return digest(found)
 
     def stage(self, name: str) -> StageConfig:
         """The stage called ``name``."""

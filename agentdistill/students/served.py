@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from agentdistill.engines.hf import HFEngine
-    from agentdistill.run import Loaded
 
 
 def serve(
@@ -78,19 +77,18 @@ def serve(
     )
 
 
-def write_folder(loaded: Loaded, folder: Path) -> list[str]:
-    """Write what a server of ``loaded`` is started from; return the words of the command.
+def write_folder(model: Any, tokenizer: Any, folder: Path) -> list[str]:
+    """Write what a server of ``model`` is started from; return the words of the command.
 
-    Of a model with adapters that is its base.
+    Of a model with adapters that is its base, from which the adapters are taken off.
     """
-    model = loaded.model
     adapted = hasattr(model, "peft_config")
     if adapted:
-        model = model.unload()  # type: ignore[operator]
+        model = model.unload()
         model.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     else:
-        local.save_served(model, loaded.tokenizer, folder)
+        local.save_served(model, tokenizer, folder)
     return command(str(folder), adapted=adapted)
 
 

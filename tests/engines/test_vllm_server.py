@@ -76,7 +76,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     execute(config)
     teacher = config.path / "stages" / "taught" / "model"
     with Run(config) as the_run:
-        write_folder(the_run.model("student"), output / "start")
+        student = the_run.model("student")
+        write_folder(student.model, student.tokenizer, output / "start")
     with ExitStack() as stack:
         lora = ("--enable-lora", "--max-lora-rank", "8")
         servers = [
