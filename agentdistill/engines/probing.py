@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,9 @@ REPEATS = 3
 TEXT = "You are in the kitchen. 17 apples\n  go to desk 3; \u00fcber"
 """Words, numbers, spaces and a letter that is no ASCII."""
 
-CLOSE = 1e-3
-"""Nats by which two scorings of the same ids may differ: rounding, not another context."""
+CLOSE = 0.05
+"""Nats a token, on average, by which scorings of the same ids may differ: the rounding of bfloat16
+in batches of other shapes, not another context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,10 @@ class Report:
     language: str = ""
     seconds: float = 0.0
     spent: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
-        values = asdict(self)
-        return {**values, **values.pop("extra")}
+        return asdict(self)
 
 
 async def by_ids(engine: Engine, prompt: Sequence[int], name: str, kind: str) -> Report:
@@ -84,10 +83,11 @@ async def by_ids(engine: Engine, prompt: Sequence[int], name: str, kind: str) ->
         both = await engine.score([request, request])
         scored += [each.logp for each in both]
         repeat = max(_gap(scored[0], other) for other in scored[1:])
-        if repeat > CLOSE:
+        apart = max(float(np.abs(scored[0] - other).mean()) for other in scored[1:])
+        if not apart <= CLOSE:
             raise EngineError(
-                f"{name}: the same ids were scored {repeat:.3g} nats apart in {len(scored)} "
-                "tries; switch prefix caching off (--no-enable-prefix-caching)"
+                f"{name}: in {len(scored)} tries the same ids were scored {apart:.3g} nats apart "
+                "on average; switch prefix caching off (--no-enable-prefix-caching)"
             )
         drawn = scored[0][len(prompt) - 1 :]
         agree = _gap(drawn, np.asarray(sample.logp, np.float32))

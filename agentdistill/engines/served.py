@@ -208,7 +208,7 @@ class ServedEngine(VLLMEngine):
         super().__init__(endpoint, tokenizer, **options)
         self._courier, self._write, self._local = courier, write, local
         self._probe, self._tolerance = [int(i) for i in probe], tolerance
-        self._asked_as = ""
+        self._asked_as, self._arrived = "", False
         self.journeys = 0
         """How often weights were sent."""
 
@@ -224,6 +224,11 @@ class ServedEngine(VLLMEngine):
         self.wake()
         return await super().generate(ids, sampling, seed=seed, session=session)
 
+    def publish(self, version: int) -> None:
+        """The weights changed, also where the version did not: they travel before the next draw."""
+        super().publish(version)
+        self._arrived = False
+
     def wake(self) -> None:
         """Bring the server to the present weights, if it has others.
 
@@ -231,10 +236,11 @@ class ServedEngine(VLLMEngine):
             EngineError: it cannot be brought there, or says other things with them.
         """
         self.connect()
-        if not self._courier.has(self.version):
+        if not (self._arrived and self._courier.has(self.version)):
             self._asked_as = self._courier.send(self._write, self.version) or self.served
             self.journeys += 1
             self._prove()
+            self._arrived = True
 
     def _prove(self) -> None:
         """After a probe, the likeliest tokens must be as likely there as they are here.

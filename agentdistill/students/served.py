@@ -80,11 +80,11 @@ def serve(
 def write_folder(model: PreTrainedModel, tokenizer: Any, folder: Path) -> list[str]:
     """Write what a server of ``model`` is started from; return the words of the command.
 
-    Of a model with adapters that is its base.
+    Of a model with adapters that is its base, from which the adapters are taken off.
     """
     adapted = hasattr(model, "peft_config")
     if adapted:
-        model = model.unload()  # type: ignore[operator]
+        model = model.unload()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     else:

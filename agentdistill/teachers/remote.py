@@ -54,10 +54,15 @@ class RemoteScorer(Scorer):
 
         Raises:
             EngineError: ``want`` needs more than a server says, or no answer came.
+
+        Returns:
+            The number of ids that were read there.
         """
         want = tuple(want)
-        if unknown := set(want) - {"logp", "hidden"} or ("hidden" in want and not self.top_k):
-            raise EngineError(f"scorer {self.name} is on a server, which cannot give {unknown}")
+        gives = {"logp", "hidden"} if self.top_k else {"logp"}
+        if unknown := sorted(set(want) - gives):
+            missing = ", ".join(unknown)
+            raise EngineError(f"scorer {self.name} is on a server, which cannot give {missing}")
         needed = table.valid(view) if rows is None else rows & table.valid(view)
         streams = range(len(table.streams))
         ids, positions, chosen = gather(table, view, streams, needed)
@@ -75,9 +80,12 @@ class RemoteScorer(Scorer):
     def head(self, hidden: Tensor) -> Tensor:
         """Ids and log-probabilities [n, 2K] → log-probabilities [n, V]; see the module."""
         ids, logp = hidden.chunk(2, -1)
-        rest = self.vocabulary - ids.shape[-1]
+        size = self.vocabulary
+        if len(ids):  # a padded head has ids that no tokenizer knows
+            size = max(size, int(ids.max()) + 1)
+        rest = size - ids.shape[-1]
         left = (-torch.expm1(logp.logsumexp(-1, keepdim=True).clamp_max(-1e-6))).log()
-        logits = (left - math.log(max(rest, 1))).repeat(1, self.vocabulary)
+        logits = (left - math.log(max(rest, 1))).repeat(1, size)
         return logits.scatter(-1, ids.long(), logp)
 
 
