@@ -77,7 +77,7 @@ def serve(
     )
 
 
-def write_folder(model: PreTrainedModel, tokenizer: Any, folder: Path) -> list[str]:
+def write_folder(model: Any, tokenizer: Any, folder: Path) -> list[str]:
     """Write what a server of ``model`` is started from; return the words of the command.
 
     Of a model with adapters that is its base, from which the adapters are taken off.
