@@ -272,7 +272,7 @@ def _even(
 
 
 def curves(points: Iterable[Point]) -> Iterator[Curve]:
-    """For each k random escalation, then each rule; from the student alone on."""
+    """For each k random escalation, then each rule; all begin with the student alone."""
     points = tuple(points)
     whole = [p for p in points if p.said.rule == "always"]
     for k in dict.fromkeys(p.said.k for p in points if p.said.rule != "always"):
@@ -282,11 +282,17 @@ def curves(points: Iterable[Point]) -> Iterator[Curve]:
         chance = [p for p in mine if p.said.rule == "random"]
         line = _line([*start, *chance, *teacher])
         yield Curve(f"random, k={k}", k, line)
-        for rule in dict.fromkeys(p.label for p in mine if p.said.rule not in ("random", "never")):
-            own = _line([*start, *(p for p in mine if p.label == rule)])
+        asking = [p for p in mine if p.said.rule not in ("random", "never")]
+        for rule in dict.fromkeys(map(_series, asking)):
+            own = _line([*start, *(p for p in asking if _series(p) == rule)])
             area = between(own, line)
             width = own[-1][0] - own[0][0]
             yield Curve(f"{rule}, k={k}", k, own, area, area / width if width else None)
+
+
+def _series(point: Point) -> str:
+    """What one curve goes along: numbers of samples, or the thresholds of ``confidence``."""
+    return point.said.rule if point.said.rule == "confidence" else point.label
 
 
 def _line(points: Iterable[Point]) -> tuple[tuple[float, float], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,15 @@ def test_the_area_is_that_above_random_escalation() -> None:
     assert own.area == pytest.approx(0.2 * (0.6 - 0.32) / 2)
     assert own.gain == pytest.approx((0.6 - 0.32) / 2)
     assert [c.label for c in curves(points)] == ["random, k=2", "unanimous, k=2"]
+
+
+def test_confidence_is_one_curve_along_its_thresholds() -> None:
+    points = [point("never", 0.0, 0.4, n=1), point("always", 1.0, 0.8, n=1)]
+    for least, share, success in ((-0.1, 0.5, 0.7), (-1.0, 0.2, 0.5)):
+        sure = said(rule="confidence", threshold=least, samples=1, k=2)
+        points.append(replace(point("unanimous", share, success), said=sure))
+    _, own = curves(points)
+    assert own.label == "confidence, k=2" and own.points == ((0.0, 0.4), (0.2, 0.5), (0.5, 0.7))
 
 
 def test_equal_shares_are_one_place() -> None:
