@@ -20,14 +20,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from agentdistill import actions, equivalence
 from agentdistill.agreement import Decision, Rule, decide
 from agentdistill.config import CascadeConfig
-from agentdistill.demos import Demos, Match, block, of_stage
-from agentdistill.demos.store import FILE
+from agentdistill.demos import Demos, Match, block
 from agentdistill.envs.base import Card
 from agentdistill.errors import ConfigError
 from agentdistill.policy import (
@@ -111,6 +109,11 @@ class _Candidate:
     response: Response
     key: Hashable | None = None
 
+    @property
+    def confidence(self) -> float | None:
+        sample = self.response.sample
+        return sample.confidence if sample else None
+
 
 class CascadePolicy(Policy):
     """See the module docstring."""
@@ -185,7 +188,7 @@ class CascadePolicy(Policy):
             partial(self._draw, episode, hint),
             None if self.teacher is None else partial(self._ask, episode, hint),
             lambda candidate: candidate.key,
-            confidence=_confidence,
+            confidence=lambda candidate: candidate.confidence,
             seed=self._seed(episode),
         )
         return self._recorded(decision, hint, aside)
@@ -319,14 +322,6 @@ def _outcome(results: Sequence[StepResult]) -> Hashable | None:
     return tuple((r.observation, r.reward, r.terminated, r.truncated) for r in results)
 
 
-def _confidence(candidate: _Candidate) -> float | None:
-    """Mean log-probability of the sampled tokens."""
-    sample = candidate.response.sample
-    if sample is None or not sample.logp:
-        return None
-    return sum(sample.logp) / len(sample.logp)
-
-
 def possible(name: str, said: CascadeConfig, card: Card) -> None:
     """Refuse a cascade that the environment with this card cannot have.
 
@@ -343,7 +338,7 @@ def of_config(
     said: CascadeConfig,
     student: Policy,
     teacher: Policy | None,
-    stage: Path | None,
+    demos: Demos | None,
     card: Card,
     grammar: str,
 ) -> CascadePolicy:
@@ -354,24 +349,16 @@ def of_config(
         said: its entry.
         student: the actor of that name.
         teacher: the same, None for none.
-        stage: folder of the collect stage with its demonstrations; None: they are in a folder of
-            demonstrations, or there are none.
+        demos: what is shown, None for nothing.
         card: of the environment.
         grammar: of the prompt.
 
     Raises:
-        ConfigError: the student is no model, there are no demonstrations, or the environment cannot
-            restore its states.
+        ConfigError: the student is no model, or the environment cannot restore its states.
     """
-    key, demos = f"policies.{name}", None
     possible(name, said, card)
     if not isinstance(student, Proposer):
-        raise ConfigError("name a model", key=f"{key}.student", value=said.student)
-    if said.demos and said.k:
-        if stage is None and not (Path(said.demos) / FILE).exists():
-            remedy = "neither a collect stage nor a folder of demonstrations"
-            raise ConfigError(remedy, key=f"{key}.demos", value=said.demos)
-        demos = Demos.open(said.demos) if stage is None else of_stage(stage)
+        raise ConfigError("name a model", key=f"policies.{name}.student", value=said.student)
     teacher_reads, planned = said.teacher_demos, said.plan
     shown = Shown(demos, said.k, said.window, said.place, grammar, teacher_reads, planned)
     rule, same = said.decides(), said.equivalence

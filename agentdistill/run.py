@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-import agentdistill
 from agentdistill.chat import ChatPolicy
 from agentdistill.config import (
     ApiModel,
@@ -45,6 +44,7 @@ from agentdistill.envs.base import TextEnv
 from agentdistill.envs.make import make
 from agentdistill.errors import ConfigError, MissingExtraError
 from agentdistill.files import refusing, write_text
+from agentdistill.machine import machine
 from agentdistill.policy import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, derive_seed
 from agentdistill.providers import Providers
 from agentdistill.records import Trajectory
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from agentdistill.cascade import CascadePolicy
+    from agentdistill.demos import Demos
 
 
 def need_torch(feature: str) -> None:
@@ -322,10 +323,22 @@ class Run:
         said = said or self.config.policies[name]
         student = self.policy(said.student, sampling, "student")
         teacher = self.policy(said.teacher, sampling, "teacher") if said.teacher else None
+        demos, grammar = self.demos(name, said), self.config.prompt.grammar
+        return of_config(name, said, student, teacher, demos, self.env.card, grammar)
+
+    def demos(self, policy: str, said: CascadeConfig) -> Demos | None:
+        """The demonstrations that the cascade called ``policy`` shows; None for none.
+
+        Raises:
+            ConfigError: they are not there.
+        """
+        from agentdistill.demos import named
+
+        if not said.demos or not said.k:
+            return None
         stages = [stage.name for stage in self.config.stages]
-        folder = self.folder(said.demos) if said.demos and said.demos in stages else None
-        card, grammar = self.env.card, self.config.prompt.grammar
-        return of_config(name, said, student, teacher, folder, card, grammar)
+        folder = self.folder(said.demos) if said.demos in stages else None
+        return named(said.demos, folder, f"policies.{policy}.demos")
 
     def answering(self, name: str, role: str = "student") -> Engine:
         """The model or train stage called ``name``, as an engine that takes messages.
@@ -358,37 +371,3 @@ class Run:
         loaded.engine.wake()
         chosen = Sampling(**(sampling or self.config.sampling).model_dump())
         return ModelPolicy(loaded.name, loaded.engine, loaded.renderer, chosen)
-
-
-def machine() -> dict[str, Any]:
-    """Versions of what numbers depend on, the commit of this checkout, and the machine."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"agentdistill": agentdistill.__version__}
-    for name in ("torch", "transformers", "tokenizers", "numpy", "gymnasium"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "absent"
-    return {
-        "versions": versions,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-    }
-
-
-def _commit() -> str:
-    """The commit of the checkout this code runs from; "" for an installed package."""
-    import subprocess
-
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return ""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(
-        command, cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from agentdistill.files import write_text
-from agentdistill.run import machine
+from agentdistill.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 """Where full runs leave their numbers."""

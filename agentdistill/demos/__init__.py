@@ -10,11 +10,12 @@ is the collection, ``window`` what is shown of it.
 
 from agentdistill.demos.build import KEYS, Skipped
 from agentdistill.demos.index import Embedder, SentenceEmbedder
-from agentdistill.demos.stage import of_stage
+from agentdistill.demos.stage import named, of_stage
 from agentdistill.demos.store import Demos
 from agentdistill.demos.window import Match, Step, block
 
 __all__ = [
     "KEYS", "Demos", "Embedder", "Match", "SentenceEmbedder", "Skipped", "Step", "block",
+    "named",
     "of_stage",
 ]  # fmt: skip

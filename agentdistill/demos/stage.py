@@ -41,5 +41,25 @@ def of_stage(folder: Path) -> Demos:
     return Demos.open(demos)
 
 
+def named(where: str, stage: Path | None, key: str) -> Demos:
+    """The demonstrations called ``where``.
+
+    Args:
+        where: a collect stage, or a folder of demonstrations.
+        stage: folder of that stage; None where there is none of this name.
+        key: what names them in the configuration.
+
+    Raises:
+        ConfigError: there are none.
+        StoreError: the disk refuses.
+    """
+    if stage is not None:
+        return of_stage(stage)
+    if not (Path(where) / FILE).exists():
+        remedy = "neither a collect stage nor a folder of demonstrations"
+        raise ConfigError(remedy, key=key, value=where)
+    return Demos.open(where)
+
+
 def _current(built: Path, episodes: Path) -> bool:
     return built.exists() and built.stat().st_mtime_ns >= episodes.stat().st_mtime_ns

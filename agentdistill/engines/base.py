@@ -64,6 +64,11 @@ class Sample:
     reasoning: str = ""
     estimated: bool = False
 
+    @property
+    def confidence(self) -> float | None:
+        """Mean log-probability per token; None where nobody knows."""
+        return sum(self.logp) / len(self.logp) if self.logp else None
+
 
 @dataclass(frozen=True, slots=True)
 class Message:

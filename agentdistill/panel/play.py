@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 from agentdistill.envs.base import TextEnv
 from agentdistill.errors import ConfigError, EnvError
+from agentdistill.machine import machine
 from agentdistill.metrics import of_trajectories, wilson
 from agentdistill.panel.file import Panel, Reference
 from agentdistill.panel.make import check, filled
 from agentdistill.policy import ExpertPolicy, Policy, RandomPolicy
 from agentdistill.records import Trajectory, digest
 from agentdistill.rollout import rollout, run
-from agentdistill.run import machine
 from agentdistill.statistics import tolerance
 
 POLICIES: dict[str, Callable[[], Policy]] = {"expert": ExpertPolicy, "random": RandomPolicy}

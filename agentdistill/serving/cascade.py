@@ -213,7 +213,7 @@ class MessageCascade(Engine):
             draw,
             ask if teacher is not None else None,
             self.same,
-            confidence=_confidence,
+            confidence=lambda sample: sample.confidence,
             seed=seed,
         )
         return self._told(decision, windows)
@@ -305,8 +305,3 @@ def _with(messages: Sequence[Message], text: str, place: Place) -> list[Message]
         return [*messages, Message("user", text)]
     changed = replace(messages[at], content=f"{text}\n\n{messages[at].content}")
     return [*messages[:at], changed, *messages[at + 1 :]]
-
-
-def _confidence(sample: Sample) -> float | None:
-    """Mean log-probability per token, None where nobody knows."""
-    return sum(sample.logp) / len(sample.logp) if sample.logp else None

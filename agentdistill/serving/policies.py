@@ -6,13 +6,8 @@ demonstrations; what only an environment can do is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 from agentdistill import actions
 from agentdistill.config import CascadeConfig
-from agentdistill.demos import Demos, of_stage
-from agentdistill.demos.store import FILE
 from agentdistill.engines.base import Engine, Sampling
 from agentdistill.errors import ConfigError
 from agentdistill.run import Run
@@ -42,6 +37,8 @@ def _cascade(run: Run, name: str, said: CascadeConfig) -> MessageCascade:
 
     if said.execute:
         raise refuse("execute", "there is no environment behind messages to try anything in")
+    if said.plan:
+        raise refuse("plan", "plans are written in environments only")
     if said.teacher == "expert":
         raise refuse("teacher", "the expert needs an environment; name a model")
     prompt = run.config.prompt
@@ -50,7 +47,7 @@ def _cascade(run: Run, name: str, said: CascadeConfig) -> MessageCascade:
         run.answering(said.student),
         run.answering(said.teacher, "teacher") if said.teacher else None,
         said.decides(),
-        shown=_shown(run, said, refuse),
+        shown=_shown(run, name, said),
         drafts=Sampling(**run.config.sampling.model_dump()),
         grammar=actions.grammar(prompt.grammar, most=prompt.max_actions),
         code=said.equivalence == "code",
@@ -58,16 +55,8 @@ def _cascade(run: Run, name: str, said: CascadeConfig) -> MessageCascade:
     )
 
 
-def _shown(
-    run: Run, said: CascadeConfig, refuse: Callable[[str, str], ConfigError]
-) -> Shown | None:
-    if not said.demos or not said.k:
+def _shown(run: Run, name: str, said: CascadeConfig) -> Shown | None:
+    demos, grammar = run.demos(name, said), run.config.prompt.grammar
+    if demos is None:
         return None
-    if any(stage.name == said.demos for stage in run.config.stages):
-        demos = of_stage(run.folder(said.demos))
-    elif (Path(said.demos) / FILE).exists():
-        demos = Demos.open(said.demos)
-    else:
-        raise refuse("demos", "neither a collect stage nor a folder of demonstrations")
-    grammar = run.config.prompt.grammar
     return Shown(demos, k=said.k, window=said.window, place=said.place, grammar=grammar)
