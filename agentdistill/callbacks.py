@@ -35,6 +35,18 @@ class Callback:
         """``stage`` is complete."""
 
 
+class Says(Callback):
+    """One that can say a line says what was found out."""
+
+    def say(self, line: str) -> None:
+        """One line; nowhere by default."""
+
+    def on_probe(self, lines: Sequence[str]) -> None:
+        """A line each."""
+        for line in lines:
+            self.say(line)
+
+
 class Callbacks(Callback):
     """Several callbacks as one."""
 

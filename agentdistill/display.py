@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from agentdistill.callbacks import Callback
+from agentdistill.callbacks import Says
 from agentdistill.config import RunConfig, StageConfig
 from agentdistill.files import write_text
 
@@ -262,7 +262,7 @@ def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]], left: int =
 # -- progress --------------------------------------------------------------------------------------
 
 
-class Progress(Callback):
+class Progress(Says):
     """What a run is doing; a context manager, because a live display must be taken down."""
 
     def __init__(self, stream: TextIO, stages: Iterable[str], evaluation: bool) -> None:
@@ -289,11 +289,6 @@ class Progress(Callback):
         """Note the end of ``stage``; whether only the evaluation is left now."""
         self.left.discard(stage.name)
         return self.evaluation and not self.left
-
-    def on_probe(self, lines: Sequence[str]) -> None:
-        """One line each."""
-        for line in lines:
-            self.say(line)
 
     def on_stage_start(self, stage: StageConfig, folder: Path, iteration: int) -> None:
         """One line."""

@@ -382,8 +382,7 @@ def check(run: RunConfig, stage: TrainStage, axes: Axes) -> None:
 
 def remarks(run: RunConfig, stage: TrainStage, axes: Axes) -> list[str]:
     """What is allowed and worth a line."""
-    broken = [each for each in REMARKS if each.broken(run, stage, axes)]
-    return [_sentence(run, stage, axes, each) for each in broken]
+    return [_sentence(run, stage, axes, r) for r in REMARKS if r.broken(run, stage, axes)]
 
 
 def _sentence(run: RunConfig, stage: TrainStage, axes: Axes, constraint: Constraint) -> str:
