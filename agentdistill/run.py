@@ -235,14 +235,7 @@ class Run:
 
             need_torch("a model")
             tokenizer = tokenizer_of(config.tokenizer)
-            engine = vllm.VLLMEngine(
-                vllm.reach(config, f"models.{name}"),
-                tokenizer,
-                name=name,
-                served=config.served,
-                top_k=config.top_k,
-                ready=config.ready,
-            )
+            engine = vllm.of_config(config, tokenizer, name)
             renderer = Renderer(tokenizer, self.config.prompt, self.env.instruction)
             self._voices[name] = Voice(
                 name=name, tokenizer=tokenizer, renderer=renderer, engine=engine
@@ -257,8 +250,11 @@ class Run:
             raise ConfigError(f"no such model; known: {known}", key="models", value=key)
         config = self.config.models[key]
         if isinstance(config, ApiModel | VllmModel):
+            text = isinstance(config, ApiModel)
             raise ConfigError(
-                "has no weights here: name a tiny or local model, or a train stage",
+                "answers in text over an API: it has no weights here, and cannot score tokens"
+                if text
+                else "is on a server, and has no weights here: name a tiny or local model",
                 key=f"models.{key}.kind",
                 value=config.kind,
             )

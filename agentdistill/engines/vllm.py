@@ -271,6 +271,18 @@ class VLLMEngine(Engine):
         return str(self._tokenizer.decode(ids, **options))
 
 
+def of_config(config: VllmModel, tokenizer: Any, name: str) -> VLLMEngine:
+    """The frozen model ``name`` of a configuration; nothing is sent."""
+    return VLLMEngine(
+        reach(config, f"models.{name}"),
+        tokenizer,
+        name=name,
+        served=config.served,
+        top_k=config.top_k,
+        ready=config.ready,
+    )
+
+
 _TEMPERATURE = "samples have log-probabilities at temperature 1 and 0 only"
 _PREFIXES = "prefix caching is on: every scoring has a salt of its own, and reads nothing cached"
 _ADAPTERS = (
