@@ -49,3 +49,8 @@ STUDY = episode("s", ["a study with a desk", "a red pen", "a lamp"], goal="light
 
 def observations(match: Match) -> list[str]:
     return [step.observation for step in match.steps]
+
+
+def rooms(number: int) -> list[Trajectory]:
+    """As many episodes as their name says, so that a mixture of two builds is seen."""
+    return [episode(n, [f"a room {number} {n} {i}" for i in range(3)]) for n in range(number)]

@@ -23,7 +23,7 @@ from agentdistill.demos import Demos, SentenceEmbedder
 from agentdistill.demos.index import Texts
 from agentdistill.errors import ConfigError, MissingExtraError, StoreError
 from agentdistill.records import Trajectory
-from tests.rooms import KITCHEN, STUDY, episode
+from tests.rooms import KITCHEN, STUDY, episode, rooms
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,11 +62,6 @@ for _ in range(40):
     assert len(steps) == 1 and len(demos) == 3 * int(steps.pop()), match
 print("fine")
 """
-
-
-def rooms(number: int) -> list[Trajectory]:
-    """As many episodes as their name says, so that a mixture of two builds is seen."""
-    return [episode(n, [f"a room {number} {n} {i}" for i in range(3)]) for n in range(number)]
 
 
 def test_many_read_while_one_builds(tmp_path: Path) -> None:
