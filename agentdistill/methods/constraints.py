@@ -73,9 +73,8 @@ def _reads_itself(axes: Axes) -> bool:
 
 def _others_played(run: RunConfig, stage: TrainStage) -> bool:
     """Whether somebody else than the student's start played ``stage.data``."""
-    if stage.data is None:
-        return False
-    return getattr(run.stage(stage.data), "policy", None) != (stage.init or stage.model)
+    played = None if stage.data is None else getattr(run.stage(stage.data), "policy", None)
+    return played not in (None, stage.init or stage.model)
 
 
 def _shares(axes: Axes, signal: SignalAxis) -> bool:

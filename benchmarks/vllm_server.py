@@ -161,7 +161,7 @@ def main() -> None:
     """Compare every size, print a table, and keep the numbers."""
     from agentdistill.engines import vllm_setup
 
-    given = command("vllm", __doc__).parse_args()
+    given = command("vllm_server", __doc__).parse_args()
     if vllm_setup.python() is None:
         print(f"no vLLM for this machine: {vllm_setup.REMEDY}")
         return
