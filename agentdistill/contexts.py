@@ -28,7 +28,7 @@ import numpy as np
 from agentdistill.methods.space import ContextAxis
 from agentdistill.policy import derive_seed
 from agentdistill.records import Author, Stream, Trajectory, Turn, Verdict
-from agentdistill.render import Conversation, Renderer, Reply
+from agentdistill.render import Conversation, Renderer, Reply, materialise
 from agentdistill.views import Splice, View, ViewBuilder, splice
 
 Guide = Mapping[str, Sequence[Trajectory]]
@@ -252,6 +252,17 @@ def without_note(renderer: Renderer) -> ViewBuilder:
         ValueError: (the view, when it is built) the streams are not this renderer's.
     """
     return lambda trajectory, stream: _exchanged(trajectory, stream, renderer, "")
+
+
+def lent(trajectory: Trajectory, renderer: Renderer) -> Trajectory:
+    """An episode of somebody else as the student's own, by its text alone (AMPO, LUFFY).
+
+    Nobody sampled these tokens as the student, so no row has a log-probability (K15).
+    """
+    told = materialise(trajectory, renderer)
+    return dataclasses.replace(
+        told, provenance={**told.provenance, "edit": "teacher"}, derived_from=trajectory.id
+    )
 
 
 def forget_note(trajectory: Trajectory, renderer: Renderer) -> Trajectory:

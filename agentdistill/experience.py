@@ -12,12 +12,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from agentdistill import contexts
 from agentdistill.config import TrainStage
 from agentdistill.methods.space import Axes
-from agentdistill.policy import derive_seed
+from agentdistill.policy import Policy, derive_seed
 from agentdistill.records import Start, Task, Trajectory
 from agentdistill.render import materialise
 from agentdistill.rollout import Request, rollout, run, sound
@@ -189,7 +190,7 @@ class Experience:
         """Ask again for the notes that iteration ``n`` was played with: choices are counted."""
         if self.axes.actor == "informed":
             self._told(tasks, n)
-        if self.axes.group.edit != "none":
+        if self.axes.group.edit == "hint":
             self._told([played[places[0]].task for places in _failed(played)], n)
 
     def _start(self, task: Task, n: int) -> tuple[Start, tuple[str, ...] | None, int | None]:
@@ -222,11 +223,11 @@ class Experience:
             "instruction": self._actor.renderer.instruction,
         }
 
-    def _play(self, requests: Sequence[Request]) -> list[Trajectory]:
+    def _play(self, requests: Sequence[Request], policy: Policy | None = None) -> list[Trajectory]:
         config = self.context.config
         return run(
             rollout(
-                self.context.acting(self._actor, self.stage.sampling),
+                policy or self.context.acting(self._actor, self.stage.sampling),
                 self.context.make_env,
                 requests,
                 concurrency=config.concurrency,
@@ -240,13 +241,15 @@ class Experience:
     # -- group edits ------------------------------------------------------------------------------
 
     def _edited(self, played: list[Trajectory], n: int) -> list[Trajectory]:
-        """``played``, with hinted samples in the groups where nobody succeeded (KEPO)."""
+        """``played``, with better samples in the groups where nobody succeeded."""
         axis = self.axes.group
         if axis.edit == "none":
             return played
         failed = _failed(played)
-        hints = self._told([played[places[0]].task for places in failed], n)
-        left = [(places, note) for places, note in zip(failed, hints, strict=True) if note]
+        left = [(places, "") for places in failed]
+        if axis.edit == "hint":
+            hints = self._told([played[places[0]].task for places in failed], n)
+            left = [(places, note) for places, note in zip(failed, hints, strict=True) if note]
         spent = 0
         for attempt in range(axis.attempts):
             if not left:
@@ -263,27 +266,35 @@ class Experience:
     ) -> tuple[list[tuple[list[int], str]], int]:
         """Try once for every group; return those that still fail, and the steps it took.
 
-        Where all hinted samples succeed they take the places of some failed ones in ``played``.
+        What succeeds takes the places of some failed ones in ``played``; with hints only where all
+        of them do.
         """
-        size = self.axes.group.replace
-        tried = self._play(
-            [r for at, note in groups for r in self._hinted(played[at[0]], note, n, attempt)]
-        )
+        size, taught = self.axes.group.replace, self.axes.group.edit == "teacher"
+        policy = self._lender if taught else None
+        wanted = [r for at, note in groups for r in self._again(played[at[0]], note, n, attempt)]
+        tried = self._play(wanted, policy)
         left = []
         for number, (places, note) in enumerate(groups):
             mine = tried[number * size : (number + 1) * size]
-            if not all(t.success for t in mine):
+            won = [t for t in mine if t.success and not t.faults]
+            if len(won) < (1 if taught else size):
                 left.append((places, note))
                 continue
             chance = random.Random(derive_seed(self.seed, "edit", n, played[places[0]].group))
-            chosen = chance.sample(places, min(size, len(places)))
-            for place, hinted in zip(chosen, mine, strict=False):
-                told = contexts.forget_note(hinted, self.student.renderer)
+            chosen = chance.sample(places, min(len(won), len(places)))
+            for place, better in zip(chosen, won, strict=False):
+                edited = contexts.lent if taught else contexts.forget_note
+                told = edited(better, self.student.renderer)
                 played[place] = replace(told, sample=played[place].sample)
         return left, sum(t.env_steps for t in tried)
 
-    def _hinted(self, failed: Trajectory, note: str, n: int, attempt: int) -> list[Request]:
-        """Samples of one task with a note in the prompt."""
+    @cached_property
+    def _lender(self) -> Policy:
+        """The teacher, by its text."""
+        return self.context.policy(str(self.stage.teacher), self.stage.sampling, "teacher")
+
+    def _again(self, failed: Trajectory, note: str, n: int, attempt: int) -> list[Request]:
+        """More samples of one task, with a note in the prompt where there is one."""
         return [
             Request(
                 failed.task,
@@ -299,12 +310,12 @@ class Experience:
 
 
 def _failed(played: Sequence[Trajectory]) -> list[list[int]]:
-    """Places of the groups in which nobody succeeded without a hint, and nothing broke."""
+    """Places of the groups in which nobody succeeded without help, and nothing broke."""
     groups: dict[str, list[int]] = {}
     for place, trajectory in enumerate(played):
         groups.setdefault(trajectory.group, []).append(place)
 
     def spoils(t: Trajectory) -> bool:
-        return bool(t.faults) or (t.success and t.provenance.get("edit") != "hint")
+        return bool(t.faults) or (t.success and "edit" not in t.provenance)
 
     return [places for places in groups.values() if not any(spoils(played[i]) for i in places)]

@@ -32,6 +32,7 @@ from agentdistill.experience import Experience
 from agentdistill.files import sync, write_text
 from agentdistill.judging import Judges
 from agentdistill.methods import compile as plan
+from agentdistill.methods import needs
 from agentdistill.methods.constraints import check
 from agentdistill.methods.index import get
 from agentdistill.methods.schedule import Controller
@@ -61,7 +62,7 @@ class Training:
         self.seed = derive_seed(the_run.config.seed, "stage", stage.name)
         self.student = the_run.model(stage.init or stage.model)
         self.student.name = self.student.engine.name = stage.name
-        self.teacher = the_run.voice(stage.teacher) if stage.teacher else None
+        self.teacher = the_run.voice(str(stage.teacher)) if needs.by_ids(stage, self.axes) else None
         guide = by_task(the_run.episodes(stage.guide)) if stage.guide else {}
         self.judges = Judges(the_run, stage, self.axes, self.student, self.teacher, guide)
         if self.judges.skills is not None and stage.data is not None:

@@ -245,3 +245,21 @@ def test_results_know_nothing_of_a_cache(tmp_path: Path) -> None:
         again: Result = execute(load(values)).results[0]
         assert len(provider.asked) == paid
     assert again == first
+
+
+def test_a_teacher_behind_an_api_helps_groups_that_fail(tmp_path: Path) -> None:
+    tiny = {"hidden": 16, "heads": 1, "layers": 1,
+            "tokenizer": {"vocabulary": 320, "episodes": 8}}  # fmt: skip
+    stage = {"name": "rl", "model": "student", "teacher": "teacher", "method": "grpo", "tasks": 4,
+             "samples": 2, "iterations": 2,
+             "axes": {"group": {"edit": "teacher", "replace": 1}}}  # fmt: skip
+    with Provider(knows_the_way) as provider:
+        values = settings(provider, tmp_path, stages=[stage], evaluate={})
+        values["models"]["student"] = tiny
+        execute(config := load({**values, "sampling": {"max_tokens": 2}}))
+    with Run(config) as the_run:
+        given = [t for t in the_run.episodes("rl") if t.provenance.get("edit") == "teacher"]
+    by_role, whole = spent(config)
+    assert given and all(t.success for t in given)
+    assert [each.role for each in by_role] == ["teacher"]
+    assert whole.calls == sum(len(t.turns) for t in given) == len(provider.asked)

@@ -59,7 +59,7 @@ def _read(axes: Axes) -> bool:
     """Whether somebody reads the context."""
     if axes.context.reader == "scorer":
         return axes.scores and axes.actor != "informed"
-    return axes.actor in ("informed", "data") or axes.group.edit != "none"
+    return axes.actor in ("informed", "data") or axes.group.edit == "hint"
 
 
 def _reads_itself(axes: Axes) -> bool:
@@ -263,7 +263,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "informed",
         "axes.actor, axes.group.edit, axes.context.kind",
         lambda run, stage, axes: (
-            (axes.actor == "informed" or axes.group.edit != "none")
+            (axes.actor == "informed" or axes.group.edit == "hint")
             and (axes.context.kind not in ABOUT_TASKS or axes.context.reader != "actor")
         ),
         "an informed actor and hints need a context with reader: actor, of a kind that is known "

@@ -80,6 +80,11 @@ def _of_signal(axes: Axes, signal: SignalAxis) -> Need:
     return Need("full", why)
 
 
+def by_ids(stage: TrainStage, axes: Axes) -> bool:
+    """Whether the stage's teacher is needed by its tokens, and not by its text alone."""
+    return stage.teacher is not None and bool(of_teacher(axes))
+
+
 def top_k(axes: Axes) -> int:
     """How many of the teacher's likeliest tokens are compared; 0 where none are."""
     return max((need.k for need in of_teacher(axes)), default=0)

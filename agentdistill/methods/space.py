@@ -192,13 +192,15 @@ class RewardAxis(Section):
 class GroupAxis(Section):
     """What is changed in a group before it teaches."""
 
-    edit: Literal["none", "hint"] = "none"
-    """``hint``: where all samples of a task fail, some give way to samples drawn with the context
-    in the prompt, and count as drawn without it (KEPO)."""
+    edit: Literal["none", "hint", "teacher"] = "none"
+    """Where all samples of a task fail, some give way. ``hint``: to samples drawn with the context
+    in the prompt, which count as drawn without it (KEPO). ``teacher``: to successes of the teacher,
+    of which only the text is used, so that it may be behind an API (AMPO, LUFFY)."""
     replace: int = Field(2, ge=1)
     """Samples that give way."""
     attempts: int = Field(5, ge=1)
-    """Tries until all of them succeed; those that never do leave the group as it was."""
+    """Tries until all of them succeed (``teacher``: one of them); those that never do leave the
+    group as it was."""
 
 
 class PolicyGradientAxis(Section):
@@ -261,7 +263,8 @@ class Axes(Section):
     @property
     def needs_teacher(self) -> bool:
         """Whether an external teacher must score or act."""
-        return self.actor == "teacher" or (self.scores and self.scorer.source == "external")
+        asked = self.actor == "teacher" or self.group.edit == "teacher"
+        return asked or (self.scores and self.scorer.source == "external")
 
     @property
     def needs_base(self) -> bool:

@@ -39,7 +39,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from agentdistill.config import CollectStage, RunConfig, TrainStage, VllmModel
+from agentdistill.config import ApiModel, CollectStage, RunConfig, TrainStage, VllmModel
 from agentdistill.errors import AgentDistillError
 from agentdistill.recipe import validate
 from agentdistill.run import Run, need_torch
@@ -100,7 +100,8 @@ def _memory(config: RunConfig, stage: TrainStage, one: Lengths) -> dict[str, Any
         return sizes.size(config.models[key], key)
 
     student = sized(stage.model)
-    here = stage.teacher and not isinstance(config.models.get(stage.teacher), VllmModel)
+    elsewhere = isinstance(config.models.get(str(stage.teacher)), ApiModel | VllmModel)
+    here = stage.teacher is not None and not elsewhere
     teacher = sized(str(stage.teacher)) if here else None
     lengths = step.scaled(one, stage, student.context)
     slots = min(config.concurrency, lengths.episodes)
