@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.openai,
     pytest.mark.filterwarnings("ignore:.*`ReadOnly` qualifier.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:Pydantic serializer warnings.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Accessing the .* attribute on the instance:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Accessing the .* on the instance:DeprecationWarning"),
 ]
 
 
