@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from agentdistill.callbacks import Callback, counting
-from agentdistill.config import CollectStage
+from agentdistill.config import ApiModel, CollectStage
 from agentdistill.errors import ConfigError
 from agentdistill.files import write_text
 from agentdistill.metrics import of_trajectories
@@ -46,7 +46,7 @@ def collect(the_run: Run, stage: CollectStage, callback: Callback) -> dict[str, 
                     f"{stage.name}/{n}/{number}",
                     provenance=_provenance(the_run, stage, policy, n),
                 )
-                for number, task in enumerate(tasks.take(stage.batch))
+                for number, task in enumerate(tasks.take(_size(the_run, stage, kept)))
             ]
             config = the_run.config
             trajectories = run(
@@ -90,6 +90,13 @@ def collect(the_run: Run, stage: CollectStage, callback: Callback) -> dict[str, 
     write_text(folder / "done.json", json.dumps(summary))
     callback.on_stage_end(stage, summary)
     return summary
+
+
+def _size(the_run: Run, stage: CollectStage, kept: int) -> int:
+    """Episodes of the next batch: nobody is paid for more than are still wanted."""
+    parts, models = the_run.config.parts(stage.policy), the_run.config.models
+    paid = any(isinstance(models.get(part), ApiModel) for part in parts)
+    return min(stage.batch, stage.episodes - kept) if paid else stage.batch
 
 
 def _policy(the_run: Run, stage: CollectStage) -> Policy:

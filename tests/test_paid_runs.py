@@ -50,7 +50,7 @@ def knows_the_way(number: int, payload: Mapping[str, Any]) -> Move:
 def settings(provider: Provider | None, folder: Path, **changes: Any) -> dict[str, Any]:
     url = provider.url if provider else "http://127.0.0.1:9/v1"
     model = {"kind": "api", "model": "openai/small", "base_url": url, "key_env": "TEST_KEY"}
-    stage = {"do": "collect", "name": "demos", "policy": "teacher", "episodes": 12, "batch": 6}
+    stage = {"do": "collect", "name": "demos", "policy": "teacher", "episodes": 9, "batch": 6}
     return {
         "output": str(folder),
         "env": {"id": "tests.toy:Corridor"},
@@ -81,7 +81,9 @@ def test_a_run_is_paid_and_every_call_is_on_the_bill(tmp_path: Path) -> None:
     with Provider(knows_the_way) as provider:
         config = load(settings(provider, tmp_path))
         outcome = execute(config, [Watch()])
-    assert outcome.results[0].success == 1 and outcome.stages["demos"]["episodes"] == 12
+    assert outcome.results[0].success == 1
+    demos = outcome.stages["demos"]
+    assert demos["played"] == demos["episodes"] == 9, "more were paid than are wanted"
     by_role, whole = spent(config)
     assert [(each.role, each.model) for each in by_role] == [
         ("student", "openai/small"),
@@ -91,6 +93,7 @@ def test_a_run_is_paid_and_every_call_is_on_the_bill(tmp_path: Path) -> None:
     assert told[-1][:3] == ("teacher (sampled)", 5, 5)
     assert told[-1][3]["spent/money"] == pytest.approx(float(whole.money))
     assert [event[:3] for event in told[:6]] == [("demos", n, 6) for n in range(1, 7)]
+    assert [event[:3] for event in told[6:9]] == [("demos", n, 3) for n in range(1, 4)]
     shown = call("cost", str(config.path), "--json")
     assert Decimal(json.loads(shown.stdout)["all"]["money"]) == whole.money
 
@@ -149,8 +152,8 @@ def _episodes(outcome: Outcome) -> list[Any]:
 
 BUDGETS: list[tuple[str, Any, Callable[[Sum], Any]]] = [
     ("calls", 7, lambda total: total.calls),
-    ("tokens", 1_500, lambda total: total.tokens),
-    ("money", "0.018", lambda total: total.money),
+    ("tokens", 1_300, lambda total: total.tokens),
+    ("money", "0.0165", lambda total: total.money),
 ]
 
 

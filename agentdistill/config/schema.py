@@ -63,7 +63,8 @@ class CollectStage(Section):
     avoid_held_out: bool = True
     """Drop episodes that pass through a start state of a held-out task."""
     batch: int = Field(64, ge=1)
-    """Episodes played at once; also one commit."""
+    """Episodes played at once; also one commit. Of a model behind an API never more than are still
+    wanted."""
     max_fault_rate: float = Field(0.2, ge=0, le=1)
     """Stop when more episodes than this share of a batch ended in a fault."""
     first_thought: bool = False
