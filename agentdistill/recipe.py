@@ -159,9 +159,7 @@ def _prepare_torch(the_run: Run) -> None:
     """Threads and tokenizers, once, before any process is forked."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(the_run.config.threads)
     for model in the_run.config.models.values():
         if isinstance(model, TinyModel):

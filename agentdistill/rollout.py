@@ -66,11 +66,8 @@ async def rollout(
             request cache, where there is one.
     """
     wanted = list(requests)
-    free = [] if pool is None else pool
-    if not free and wanted:
-        free.append(make_env())  # construction is light; its card says how many there may be
-    alive = list(free)
-    slots = (alive[0].card.slots if alive else None) or concurrency
+    envs = _Envs(make_env, pool)
+    slots = (envs.slots if wanted else None) or concurrency
     at_once = max(1, min(concurrency, slots, len(wanted)))
     gate = asyncio.Semaphore(at_once)
     threads = ThreadPoolExecutor(at_once, "agentdistill-env")
@@ -83,28 +80,20 @@ async def rollout(
         admissible=admissible,
         threads=threads,
     )
-
     broke: list[BudgetError] = []
 
     async def one(request: Request) -> Trajectory | None:
         async with gate:
             if broke:
                 return None
-            if not free:
-                alive.append(make_env())
-                free.append(alive[-1])
-            env = free.pop()
+            env = envs.take()
             try:
                 trajectory = await player(env, request).play()
             except BudgetError as error:
-                free.append(env)
+                envs.free.append(env)
                 broke.append(error)
                 return None
-            if any(fault.kind == "environment" for fault in trajectory.faults):
-                alive.remove(env)
-                trajectory = _discard(env, trajectory)
-            else:
-                free.append(env)
+            trajectory = envs.give(env, trajectory)
             if on_end is not None:
                 on_end(trajectory)
             return trajectory
@@ -120,8 +109,43 @@ async def rollout(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         threads.shutdown()  # a step that is under way still uses its environment
-        for env in alive:
-            if pool is None or env not in pool:
+        envs.close()
+
+
+class _Envs:
+    """The environments of one rollout: made when they are needed, and used again."""
+
+    def __init__(self, make: Callable[[], TextEnv], pool: list[TextEnv] | None) -> None:
+        self._make, self._pool = make, pool
+        self.free = [] if pool is None else pool
+        self._alive = list(self.free)
+
+    @property
+    def slots(self) -> int | None:
+        """How many one machine has room for; made for this, since construction is light."""
+        if not self.free:
+            self.free.append(self._new())
+        return self.free[0].card.slots
+
+    def _new(self) -> TextEnv:
+        self._alive.append(self._make())
+        return self._alive[-1]
+
+    def take(self) -> TextEnv:
+        return self.free.pop() if self.free else self._new()
+
+    def give(self, env: TextEnv, played: Trajectory) -> Trajectory:
+        """Take ``env`` back after an episode, or discard what broke; the episode's record."""
+        if any(fault.kind == "environment" for fault in played.faults):
+            self._alive.remove(env)
+            return _discard(env, played)
+        self.free.append(env)
+        return played
+
+    def close(self) -> None:
+        """Close all but those that stay in the pool."""
+        for env in self._alive:
+            if self._pool is None or env not in self._pool:
                 env.close()
 
 

@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from agentdistill.records import Usage
+from tests.doubles import LocalServer
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def call(name: str, arguments: str, identity: str = "c1") -> dict[str, Any]:
 Moves = Callable[[int, dict[str, Any]], Move]
 
 
-class Provider:
+class Provider(LocalServer):
     """Use as a context manager; ``url`` is its base URL."""
 
     def __init__(self, moves: Moves | Sequence[Move] = (Move(),)) -> None:
@@ -71,40 +72,16 @@ class Provider:
         self._lock = threading.Lock()
         self._ended = threading.Event()
 
-    def __enter__(self) -> Provider:
-        provider = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def do_POST(self) -> None:
-                provider._serve(self)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 128
-            daemon_threads = True
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                pass  # clients that leave are what these tests are about
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
-        return self
+    @property
+    def url(self) -> str:
+        return f"{self.root}/v1"
 
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__exit__(*exception)
 
-    def _serve(self, http: BaseHTTPRequestHandler) -> None:
-        payload = json.loads(http.rfile.read(int(http.headers["Content-Length"])))
+    def serve(self, http: BaseHTTPRequestHandler, body: bytes) -> None:
+        payload = json.loads(body)
         with self._lock:
             number = len(self.asked)
             self.asked.append(payload)

@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from agentdistill.engines.base import Capabilities, Engine, Message, Sample, Sampling
-from agentdistill.errors import EngineError
+from agentdistill.engines.base import Engine, Message, Sample, Sampling
 from agentdistill.records import Usage
+from tests.doubles import Offered, TextEngine
 
 Answers = Callable[[Sequence[Message], int], Sample]
 
@@ -22,7 +22,7 @@ def said(text: str, **options: Any) -> Sample:
     return Sample((), (), text, stop, usage=Usage(10, 5, 0, 3), **options)
 
 
-class Scripted(Engine):
+class Scripted(TextEngine):
     """Answers messages as a function says; keeps what it was asked."""
 
     def __init__(
@@ -35,24 +35,11 @@ class Scripted(Engine):
         self.asked: list[dict[str, Any]] = []
         self.cancelled = 0
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(text=True)
-
-    async def generate(self, ids: Any, sampling: Any, **options: Any) -> Sample:
-        raise EngineError("text only")
-
-    async def chat(
-        self,
-        messages: Sequence[Message],
-        sampling: Sampling,
-        *,
-        n: int = 1,
-        tools: Sequence[Mapping[str, Any]] = (),
-        seed: int = 0,
+    async def draw(
+        self, messages: Sequence[Message], sampling: Sampling, n: int, tools: Offered, seed: int
     ) -> list[Sample]:
         asked = {"messages": list(messages), "sampling": sampling, "n": n}
-        self.asked.append({**asked, "tools": tuple(tools), "seed": seed})
+        self.asked.append({**asked, "tools": tools, "seed": seed})
         try:
             await asyncio.sleep(self.after)
         except asyncio.CancelledError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from agentdistill.cascade import AFTER, BEFORE, CascadePolicy, Shown
 from agentdistill.chat import ChatPolicy
 from agentdistill.config import PROMPTS
 from agentdistill.demos import Demos
-from agentdistill.engines.base import Capabilities, Engine, Message, Sample, Sampling
-from agentdistill.errors import ConfigError, EngineError
+from agentdistill.engines.base import Engine, Message, Sample, Sampling
+from agentdistill.errors import ConfigError
 from agentdistill.policy import ExpertPolicy, ModelPolicy, Policy
 from agentdistill.records import Actor, Alternative, Task, Trajectory, Turn, Usage
 from agentdistill.render import Renderer, materialise
 from agentdistill.rollout import Request, rollout, run
 from agentdistill.wording import Wording
+from tests.doubles import Offered, TextEngine
 from tests.test_informed import Says, reader
 from tests.test_tool_calls import Tools, walk
 from tests.toy import Corridor
@@ -31,7 +32,7 @@ INSTRUCTION = "Walk to the goal with left and right."
 TASK = Task("tests/Corridor-v0", "train", {"at": 0, "goal": 3})
 
 
-class Asked(Engine):
+class Asked(TextEngine):
     """Answers by a function of the turn and the sample; keeps what it was asked."""
 
     def __init__(self, name: str, *script: Sequence[str | Sample], cost: Usage | None = None):
@@ -40,21 +41,8 @@ class Asked(Engine):
         self.asked: list[list[Message]] = []
         self.drawn = 0
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(text=True)
-
-    async def generate(self, ids: Any, sampling: Any, **options: Any) -> Sample:
-        raise EngineError("text only")
-
-    async def chat(
-        self,
-        messages: Sequence[Message],
-        sampling: Sampling,
-        *,
-        n: int = 1,
-        tools: Sequence[Mapping[str, Any]] = (),
-        seed: int = 0,
+    async def draw(
+        self, messages: Sequence[Message], sampling: Sampling, n: int, tools: Offered, seed: int
     ) -> list[Sample]:
         said = self._script[min(len(self.asked), len(self._script) - 1)]
         self.asked.append(list(messages))

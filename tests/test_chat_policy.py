@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -15,7 +15,7 @@ from agentdistill.actions import Parsed
 from agentdistill.chat import ChatPolicy
 from agentdistill.config import PROMPTS, ApiModel, RunConfig, load
 from agentdistill.engines.base import Capabilities, Engine, Message, Sample, Sampling
-from agentdistill.errors import ConfigError, EngineError
+from agentdistill.errors import ConfigError
 from agentdistill.ledger import Price
 from agentdistill.policy import Episode, Policy, Response
 from agentdistill.records import Actor, Task, Trajectory, Usage, Verdict
@@ -23,6 +23,7 @@ from agentdistill.render import Renderer, materialise
 from agentdistill.rollout import Request, rollout, run
 from agentdistill.run import Run
 from agentdistill.wording import Wording
+from tests.doubles import Offered, TextEngine
 from tests.provider import Move, Provider
 from tests.templates import tokenizer
 from tests.test_tool_calls import TOOL, Tools, walk
@@ -32,7 +33,7 @@ INSTRUCTION = "Walk to the goal with left and right."
 TASK = Task("tests/Corridor-v0", "train", {"at": 0, "goal": 3})
 
 
-class Scripted(Engine):
+class Scripted(TextEngine):
     """Gives the samples of a script, and keeps what it was asked."""
 
     name = "scripted"
@@ -41,21 +42,8 @@ class Scripted(Engine):
         self._script = script
         self.asked: list[tuple[list[Message], tuple[Any, ...], int]] = []
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(text=True)
-
-    async def generate(self, ids: Any, sampling: Any, **options: Any) -> Sample:
-        raise EngineError("text only")
-
-    async def chat(
-        self,
-        messages: Sequence[Message],
-        sampling: Sampling,
-        *,
-        n: int = 1,
-        tools: Sequence[Mapping[str, Any]] = (),
-        seed: int = 0,
+    async def draw(
+        self, messages: Sequence[Message], sampling: Sampling, n: int, tools: Offered, seed: int
     ) -> list[Sample]:
         self.asked.append((list(messages), tuple(tools), seed))
         return [self._script[min(len(self.asked), len(self._script)) - 1]] * n

@@ -148,3 +148,11 @@ def test_it_needs_a_teacher_and_groups(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             validate(config(tmp_path, {"edit": "teacher"}, **change))
+
+
+def test_its_report_does_without_the_teacher_s_tokens(tmp_path: Path, teacher: list[str]) -> None:
+    from agentdistill.report import report
+
+    made = config(tmp_path, {"edit": "teacher"}, iterations=1)
+    execute(made)
+    assert report([made.path], tmp_path / "report.html", score=True).scored > 0

@@ -12,7 +12,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from agentdistill.engines.base import Sampling, ScoreRequest
 from agentdistill.engines.hf import HFEngine
 from agentdistill.students import local
+from tests.doubles import LocalServer
 
 RECORDED = Path(__file__).parent / "engines" / "recorded" / "vllm.json"
 WORDS = [f"w{i}" for i in range(57)]
@@ -68,7 +69,7 @@ def model(seed: int = 0) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-class Double:
+class Double(LocalServer):
     """Use as a context manager; ``url`` is where it is."""
 
     def __init__(self, answer: Answer) -> None:
@@ -78,42 +79,12 @@ class Double:
         self.at_once = self._now = 0
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Double:
-        double = self
+    @property
+    def url(self) -> str:
+        return self.root
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def do_GET(self) -> None:
-                double._serve(self, None)
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                double._serve(self, json.loads(body) if body else None)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 128
-            daemon_threads = True
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                pass
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-    def _serve(self, http: BaseHTTPRequestHandler, payload: Any) -> None:
+    def serve(self, http: BaseHTTPRequestHandler, body: bytes) -> None:
+        payload = json.loads(body) if body else None
         with self._lock:
             self.asked.append((http.path, payload))
             self.keys.add(http.headers.get("Authorization", ""))
@@ -128,11 +99,11 @@ class Double:
             http.close_connection = True
             http.connection.shutdown(socket.SHUT_RDWR)
             return
-        body = said.encode() if isinstance(said, str) else json.dumps(said).encode()
+        answer = said.encode() if isinstance(said, str) else json.dumps(said).encode()
         http.send_response(status)
-        http.send_header("Content-Length", str(len(body)))
+        http.send_header("Content-Length", str(len(answer)))
         http.end_headers()
-        http.wfile.write(body)
+        http.wfile.write(answer)
 
 
 def key(path: str, payload: Any) -> str:

@@ -257,9 +257,6 @@ def _names(
 
 def _loaded(the_run: Run, names: tuple[str, str]) -> tuple[Loaded, Loaded]:
     """The two models, which must read the same ids."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     first, second = (the_run.model(name) for name in names)
     if first.renderer.fingerprint != second.renderer.fingerprint:
         remedy = "reads other token ids than the student, so they cannot be compared (K1)"

@@ -79,8 +79,7 @@ def _others_played(run: RunConfig, stage: TrainStage) -> bool:
 
 def _shares(axes: Axes, signal: SignalAxis) -> bool:
     """Whether somebody else than the scorer has a share in the target, now or later."""
-    moves = signal is axes.signal and "signal.share" in axes.schedules
-    return signal.share != 1 or moves
+    return signal.share != 1 or (signal is axes.signal and "signal.share" in axes.schedules)
 
 
 def _weighs(axes: Axes) -> bool:

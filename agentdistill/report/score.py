@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from agentdistill.config import TrainStage
+from agentdistill.config import ApiModel, TrainStage, VllmModel
 from agentdistill.report.read import RunData, StageData
 from agentdistill.report.sample import Shown
 from agentdistill.report.tokens import NAN, Token, Turns
@@ -56,11 +56,13 @@ class Scorer:
         for item, turns in zip(fits, _turns(table, texts, columns), strict=True):
             item.tokens = turns
 
+    def _here(self, name: str) -> bool:
+        """Whether the weights of the model or stage ``name`` are in this process."""
+        config = self._context.config.models.get(name)
+        return not isinstance(config, ApiModel | VllmModel)
+
     def _load(self, name: str) -> Loaded:
         if name not in self._models:
-            from transformers.utils import logging
-
-            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
             self._models[name] = self._context.model(name)
         return self._models[name]
 
@@ -74,7 +76,8 @@ class Scorer:
             yield "student", sampled
         if not isinstance(config, TrainStage):
             return
-        teacher = self._load(config.teacher) if config.teacher else None
+        name = config.teacher
+        teacher = self._load(name) if name is not None and self._here(name) else None
         if teacher and teacher.renderer.fingerprint == reader.renderer.fingerprint:
             yield "teacher", _log_probs(teacher, table)
         if reader.name == stage.name:
