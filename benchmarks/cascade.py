@@ -24,12 +24,14 @@ Invariants
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cascade_worlds import WORLDS, World, furnished, playable, small
 from common import command, facts, finished, results_file, save, show
 
 PRICES = {
@@ -39,82 +41,6 @@ PRICES = {
 """Money per million tokens: what a large and a small model cost in the autumn of 2025."""
 
 RULES = [("unanimous", None), ("majority", None)]
-CONFIDENCE = (-0.01, -0.03, -0.1, -0.2, -0.4, -0.7, -1.2)
-CHANCES = (0.1, 0.25, 0.5, 0.75)
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """One environment and the sizes that go with it.
-
-    Attributes:
-        env: section of the configuration.
-        evaluate: the same.
-        prompt: the same.
-        tokens: of a response.
-        models: sizes of teacher and student.
-        k: demonstrations.
-        window: steps to each side of the one that matched.
-        warm: expert episodes that the student sees without demonstrations.
-        lessons: expert episodes in the collection of the meta-training.
-        shown: expert episodes with demonstrations beside them.
-        demos: expert episodes that the teacher learns from.
-        library: successful episodes of the teacher in the collection that is searched.
-        steps: iterations of teacher, student's warm-up, meta-training.
-        batch: episodes of an iteration.
-        lr: their learning rate.
-    """
-
-    env: Mapping[str, Any]
-    evaluate: Mapping[str, Any]
-    prompt: Mapping[str, Any]
-    models: Mapping[str, Mapping[str, Any]]
-    tokens: int = 1
-    k: int = 2
-    window: int = 0
-    warm: int = 100
-    lessons: int = 800
-    shown: int = 1500
-    demos: int = 4000
-    library: int = 800
-    steps: tuple[int, int, int] = (600, 110, 500)
-    batch: int = 32
-    lr: float = 3e-3
-
-
-SIZES = {
-    "teacher": {"hidden": 96, "heads": 3, "feed_forward": 256},
-    "student": {"hidden": 64, "heads": 2, "feed_forward": 192},
-}
-
-WORLDS = {
-    "sokoban": World(
-        {
-            "id": "agentdistill/Sokoban-v0",
-            "options": {"height": 7, "width": 7, "min_moves": 3, "max_moves": 15, "max_steps": 20,
-                        "expert_ties": "random"},
-        },
-        {"panel": "sokoban"},
-        {"preset": "bare", "window": 0},  # a room is all there is to know: no history
-        SIZES,
-    ),
-}  # fmt: skip
-
-
-def small(world: World) -> World:
-    """The same in seconds; shows that it works, and nothing else."""
-    rest = {key: value for key, value in world.evaluate.items() if key != "panel"}
-    return replace(
-        world,
-        evaluate={**rest, "tasks": 10},
-        lessons=30,
-        shown=30,
-        demos=60,
-        library=10,
-        warm=20,
-        steps=(30, 10, 10),
-        batch=8,
-    )
 
 
 def recipe(world: World, name: str, output: str) -> dict[str, Any]:
@@ -188,11 +114,18 @@ def run(world: World, name: str, output: Path) -> dict[str, Any]:
     from agentdistill.config import load
     from agentdistill.tuning import sweep
 
-    config = load(recipe(world, name, str(output)))
+    config = load(recipe(furnished(world, output / f"{name}-games"), name, str(output)))
     outcome = ad.distill(config)
-    rules = [*RULES, *(("confidence", least) for least in CONFIDENCE)]
-    found = sweep(config, "cascade", samples=(1, 2, 3, 5), ks=(0, world.k), rules=rules,
-                  chances=CHANCES, say=lambda line: print(f"tune {line}", flush=True))  # fmt: skip
+    rules = [*RULES, *(("confidence", least) for least in world.sure)]
+    found = sweep(
+        config,
+        "cascade",
+        samples=world.samples,
+        ks=(0, world.k),
+        rules=rules,
+        chances=world.chances,
+        say=lambda line: print(f"tune {line}", flush=True),
+    )
     share, threshold = controls(found.points, world.k)
     results = played(config, players(world.k, share, threshold), output / f"{name}-report")
     return {
@@ -212,8 +145,6 @@ def played(
     config: Any, changes: Mapping[str, Mapping[str, Any]], folder: Path
 ) -> dict[str, dict[str, Any]]:
     """What everybody did on the report panel; who has played before is read."""
-    import json
-
     from agentdistill.config import CascadeConfig
     from agentdistill.evaluation import play
     from agentdistill.files import write_text
@@ -335,22 +266,26 @@ def shape(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     """Read the command line, run, print, write."""
     parser = command("cascade", __doc__)
-    parser.add_argument("--worlds", nargs="*", choices=tuple(WORLDS), default=list(WORLDS))
+    text = "by default those that are installed; the results of others are kept"
+    parser.add_argument("--worlds", nargs="*", choices=tuple(WORLDS), default=playable(), help=text)
     parser.add_argument("--runs", type=Path, help="folder of the runs, which go on there")
     given = parser.parse_args()
-    known = facts()
+    file = results_file(given)
     with tempfile.TemporaryDirectory() as folder:
-        output, found = given.runs or Path(folder), {}
         for name in given.worlds:
-            world = small(WORLDS[name]) if given.small else WORLDS[name]
-            one = run(world, f"cascade-{name}", output)
+            known, world = facts(), small(WORLDS[name]) if given.small else WORLDS[name]
+            one = run(world, f"cascade-{name}", given.runs or Path(folder))
             one["differences"] = differences(one["results"])
             print(f"\n{name}\n{table(one)}\n\n{compared(one['differences'])}\n")
             print(f"{shape(one['differences'])}\n\n{curves(one)}\n")
-            found[name] = one
-    file = results_file(given)
-    if file is not None:
-        save(file, {"machine": finished(known), "prices": PRICES, "worlds": found})
+            if file is not None:
+                keep(file, name, {"machine": finished(known), "prices": PRICES, **one})
+
+
+def keep(file: Path, name: str, one: Mapping[str, Any]) -> None:
+    """Put the results of a world in place of its earlier ones."""
+    earlier = json.loads(file.read_text())["worlds"] if file.exists() else {}
+    save(file, {"worlds": {**earlier, name: one}})
 
 
 if __name__ == "__main__":

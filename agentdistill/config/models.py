@@ -19,6 +19,9 @@ class TokenizerConfig(Section):
     """At most so many tokens."""
     episodes: int = Field(400, ge=1)
     """Random and expert episodes that make up its corpus."""
+    pieces: Literal["lines", "words"] = "lines"
+    """What no token reaches beyond: a line (grids, whose rows become tokens) or a word (sentences,
+    whose names must be the same token wherever they stand)."""
 
 
 class LoraConfig(Section):

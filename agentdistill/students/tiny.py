@@ -3,6 +3,7 @@
 For machines without a GPU and for tests: everything about it is an ordinary transformers model, so
 whatever works here works with a pretrained one. The tokenizer never merges across lines, so that a
 frequent line of an observation (a grid row) becomes one token: per-cell tokens learn far worse.
+Where names are to be copied out of sentences, ``pieces: words`` keeps them apart.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 _PLAIN = PromptConfig()
+
+_PIECES = {"lines": r"[^\n]*\n|[^\n]+", "words": r" ?\w+| ?[^\s\w]+|\s"}
+"""What merges stay within, by :attr:`TokenizerConfig.pieces`; every character is in one piece."""
 
 SYSTEM, USER, ASSISTANT, END, PAD = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 
@@ -78,9 +82,9 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrained
     spelled = re.compile("|".join(map(re.escape, special)))
     valid = (text.encode(errors="replace").decode() for text in texts)  # no lone surrogates
     tokenizer = Tokenizer(models.BPE())
-    lines = pre_tokenizers.Split(Regex(r"[^\n]*\n|[^\n]+"), "isolated")
+    pieces = pre_tokenizers.Split(Regex(_PIECES[config.pieces]), "isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, bytes_])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocabulary,
