@@ -47,26 +47,32 @@ def recipe(world: World, name: str, output: str) -> dict[str, Any]:
     """The run: teacher, meta-trained student, the teacher's collection, and the policies."""
     sft = {"method": "sft", "lr": world.lr, "schedule": "cosine", "warmup": 0.05,
            "weight_decay": 0.01, "tasks": world.batch}  # fmt: skip
-    expert = {"do": "collect", "policy": "expert", "batch": 256}
+
+    def collect(name: str, episodes: int, policy: str = "expert") -> dict[str, Any]:
+        batch = min(256, episodes)
+        return {"do": "collect", "name": name, "policy": policy, "episodes": episodes,
+                "batch": batch}  # fmt: skip
+
     teacher, warm, meta = world.steps
     shows = {"k": world.k, "window": world.window}
     return {
         "name": name,
         "output": output,
+        "workers": 2,
         "env": world.env,
         "prompt": world.prompt,
-        "sampling": {"max_tokens": world.tokens},
+        "sampling": {"max_tokens": world.tokens, "temperature": world.temperature},
         "models": {key: {**size, "price": PRICES[key]} for key, size in world.models.items()},
         "stages": [
-            {**expert, "name": "demos", "episodes": world.demos},
-            {**expert, "name": "lessons", "episodes": world.lessons},
-            {**expert, "name": "shown", "episodes": world.shown, "policy": "showing"},
+            collect("demos", world.demos),
+            collect("lessons", world.lessons),
+            collect("shown", world.shown, "showing"),
             {**sft, "name": "taught", "model": "teacher", "data": "demos", "iterations": teacher},
             {**sft, "name": "warm", "model": "student", "data": "demos", "limit": world.warm,
              "iterations": warm},
             {**sft, "name": "reader", "model": "student", "init": "warm", "data": "shown",
              "iterations": meta},
-            {**expert, "name": "library", "episodes": world.library, "policy": "taught"},
+            collect("library", world.library, "taught"),
         ],
         "policies": {
             "showing": {"student": "student", "teacher": "expert", "rule": "always",

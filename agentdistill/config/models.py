@@ -20,8 +20,8 @@ class TokenizerConfig(Section):
     episodes: int = Field(400, ge=1)
     """Random and expert episodes that make up its corpus."""
     pieces: Literal["lines", "words"] = "lines"
-    """What no token reaches beyond: a line (grids, whose rows become tokens) or a word (sentences,
-    whose names must be the same token wherever they stand)."""
+    """What no token reaches beyond: a line (grids, whose rows become tokens), or a word with the
+    number after it (sentences out of which names such as "desk 1" are to be copied)."""
 
 
 class LoraConfig(Section):
