@@ -165,7 +165,8 @@ def played(
             if not file.exists():
                 policy = the_run.cascade("cascade", said=said)
                 result = play(the_run, policy, "sampled", config.evaluate)
-                write_text(file, json.dumps({**result.to_json(), "said": said.model_dump()}))
+                setting = {**result.setting, "made of": said.model_dump(mode="json")}
+                write_text(file, json.dumps({**result.to_json(), "setting": setting}))
                 print(f"report {name}: {result.success:.1%}", flush=True)
             found[name] = json.loads(file.read_text())
     return found
