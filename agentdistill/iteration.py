@@ -167,7 +167,7 @@ class Training:
         for controller in self.controllers.values():
             controller.observe(sum(v for k, v in metrics.items() if k.startswith("loss/")))
         metrics.update({f"total/{k}": value for k, value in self.experience.totals.items()})
-        metrics.update(clock.seconds)
+        metrics.update(self.context.providers.spent(), **clock.seconds)
         if shards:  # an iteration on recorded episodes leaves nothing but weights: its checkpoint
             self.store.commit(self.stage.name, n, shards, {"totals": self.experience.totals})
         return metrics

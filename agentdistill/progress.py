@@ -170,16 +170,19 @@ def detail(iteration: int, metrics: Mapping[str, Any]) -> str:
     loss = next((key for key in metrics if key.startswith("loss/")), None)
     numbers = {"loss": metrics.get(loss or ""), "divergence": metrics.get("divergence")}
     parts += [f"{key} {value:.3f}" for key, value in numbers.items() if value is not None]
-    return ", ".join(parts)
+    return ", ".join([*parts, *_spent(metrics)])
 
 
 def episodes(done: int, total: int, metrics: Mapping[str, Any]) -> str:
     """How far a batch or a panel is, and what was spent."""
-    parts = [f"{done:,} of {total:,} episodes"]
+    return ", ".join([f"{done:,} of {total:,} episodes", *_spent(metrics)])
+
+
+def _spent(metrics: Mapping[str, Any]) -> list[str]:
+    """Calls, tokens and money of providers; nothing where none was called."""
     spent = {name: metrics.get(f"spent/{name}") for name in ("calls", "tokens", "money")}
-    parts += [f"{spent[name]:,} {name}" for name in ("calls", "tokens") if spent[name] is not None]
-    parts += [f"money {spent['money']:.4f}"] if spent["money"] is not None else []
-    return ", ".join(parts)
+    parts = [f"{spent[name]:,} {name}" for name in ("calls", "tokens") if spent[name] is not None]
+    return parts + ([f"money {spent['money']:.4f}"] if spent["money"] is not None else [])
 
 
 def _summary(summary: Mapping[str, Any]) -> str:

@@ -202,7 +202,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["models.big.knid=tiny"], "models.big.knid='tiny': unknown key; did you mean kind?"),
     (
         ["models.big.tokenizer.size=9"],
-        "models.big.tokenizer.size=9: unknown key; known: vocabulary, episodes",
+        "models.big.tokenizer.size=9: unknown key; known: vocabulary, episodes, pieces",
     ),
     (
         ["models.local={kind: local, path: x, lora: {rnk: 3}}"],

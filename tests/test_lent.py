@@ -12,6 +12,8 @@ from agentdistill.config import RunConfig, load
 from agentdistill.contexts import lent
 from agentdistill.errors import ConfigError
 from agentdistill.policy import ExpertPolicy, Policy, RandomPolicy
+from agentdistill.progress import detail
+from agentdistill.providers import Providers
 from agentdistill.recipe import execute, validate
 from agentdistill.records import Trajectory
 from agentdistill.run import Run
@@ -90,6 +92,18 @@ def test_failed_groups_are_lent_what_the_teacher_did(tmp_path: Path, teacher: li
     spent = json.loads(lines[-1])["total/env_steps"]
     assert spent > sum(t.env_steps for group in groups(made) for t in group), "tries are counted"
     assert any(json.loads(line).get("grad_norm", 0) > 0 for line in lines)
+
+
+def test_an_iteration_says_what_was_spent(
+    tmp_path: Path, teacher: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paid = {"spent/calls": 1200, "spent/tokens": 34000, "spent/money": 0.25}
+    monkeypatch.setattr(Providers, "spent", lambda self: paid)
+    made = config(tmp_path, {"edit": "teacher"}, iterations=1)
+    execute(made)
+    (line,) = (made.path / "stages/rl/metrics.jsonl").read_text().splitlines()
+    assert paid.items() <= json.loads(line).items()
+    assert detail(0, json.loads(line)).endswith("1,200 calls, 34,000 tokens, money 0.2500")
 
 
 def test_it_goes_on_to_the_same_weights(tmp_path: Path, teacher: list[str]) -> None:
