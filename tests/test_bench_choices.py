@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from agentdistill import quickstart
 from agentdistill.config import load
 from agentdistill.envs.make import make
 
@@ -86,6 +87,13 @@ def test_the_default_is_chosen_on_other_seeds_and_levels(
             compared = [stage for stage in run.stages if getattr(stage, "init", None)]
             assert {stage.init for stage in compared} == {"before"}
             assert len({(stage.env_steps, stage.tasks, stage.updates) for stage in compared}) == 1
+
+
+def test_quickstart_does_what_was_chosen(benchmarks: SimpleNamespace) -> None:
+    results = json.loads(benchmarks.quickstart.FILE.read_text())
+    (stage,) = (s for s in quickstart.recipe()["stages"] if s["name"] == quickstart.STUDENT)
+    rows = [row for row in results["rows"] if row["setting"] == "tune"]
+    assert benchmarks.quickstart.choice(rows) == results["chosen"] == stage["method"]
 
 
 def test_the_default_is_on_policy_and_the_best_on_average(benchmarks: SimpleNamespace) -> None:
