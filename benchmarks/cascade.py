@@ -264,7 +264,7 @@ def shape(rows: Sequence[Mapping[str, Any]]) -> str:
     steps = {
         "retrieval helps": by["+ retrieval", "student"]["low"] > 0,
         "the cascade helps more": by["+ cascade", "+ retrieval"]["low"] > 0,
-        "the cascade is not behind the teacher": by["+ cascade", "teacher"]["high"] >= 0,
+        "the cascade is behind the teacher": by["+ cascade", "teacher"]["high"] < 0,
     }
     said = "; ".join(f"{name}: {'yes' if holds else 'not shown'}" for name, holds in steps.items())
     return f"student < + retrieval < + cascade ~ teacher: {said}"
