@@ -35,10 +35,11 @@ class TextEngine(Engine):
     ) -> list[Sample]:
         return await self.draw(messages, sampling, n, tuple(tools), seed)
 
+    @abstractmethod
     async def draw(
         self, messages: Sequence[Message], sampling: Sampling, n: int, tools: Offered, seed: int
     ) -> list[Sample]:
-        raise NotImplementedError
+        """Answer ``n`` times."""
 
 
 class LocalServer(ABC):

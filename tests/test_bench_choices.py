@@ -54,7 +54,6 @@ def test_results_of_other_worlds_are_kept(benchmarks: SimpleNamespace, tmp_path:
 def test_household_games_are_of_one_kind_and_can_be_won(
     benchmarks: SimpleNamespace, tmp_path: Path
 ) -> None:
-    pytest.importorskip("alfworld")
     module = benchmarks.cascade_worlds
     world = module.furnished(module.small(module.WORLDS["household"]), tmp_path / "games")
     files = (tmp_path / "games" / "train").iterdir()
