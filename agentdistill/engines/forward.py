@@ -32,11 +32,8 @@ Ids = Tensor | npt.NDArray[Any] | Sequence[int]
 LOGITS_AT_ONCE = 1 << 24
 """Numbers in one chunk of logits (64 MiB in fp32) when the caller names no chunk."""
 
-SPARE_TOKENS = 256
-"""Padding below this is cheaper than one more forward (when acting, with a cache)."""
-
-SPARE_TOKENS_WHOLE = 32
-"""The same where whole sequences are read: a token then costs more, in backward three times."""
+SPARE_TOKENS = 32
+"""Padding below this is cheaper than one more forward."""
 
 
 def body(model: nn.Module) -> Any:
@@ -156,8 +153,7 @@ def hidden_states(
     where = [where[i] for i in used]
     packed = _takes_packed(decoder.config) if packed is None else packed
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    whole = {"spare": SPARE_TOKENS_WHOLE, "part": 10}
-    groups = [np.arange(len(ids))] if packed else length_groups(lengths, **whole)
+    groups = [np.arange(len(ids))] if packed else length_groups(lengths)
     parts = [
         _predictors(decoder, [ids[i] for i in group], [where[i] for i in group], place, packed)
         for group in groups
@@ -169,7 +165,7 @@ def hidden_states(
 
 
 def length_groups(
-    lengths: Indices, *, spare: int = SPARE_TOKENS, part: int = 4, budget: int | None = None
+    lengths: Indices, *, spare: int = SPARE_TOKENS, part: int = 10, budget: int | None = None
 ) -> list[Indices]:
     """Split rows into groups that can be padded without much waste.
 
@@ -296,20 +292,6 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             object.__setattr__(module, "training", True)
-
-
-@contextmanager
-def dense_attention(config: Any) -> Iterator[None]:
-    """Attention by a kernel that takes any mask, where the model is set to one that does not."""
-    kernel = getattr(config, "_attn_implementation", None)
-    if kernel in ("sdpa", "eager", None):
-        yield
-        return
-    config._attn_implementation = "sdpa"
-    try:
-        yield
-    finally:
-        config._attn_implementation = kernel
 
 
 @torch.no_grad()

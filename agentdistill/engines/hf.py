@@ -6,9 +6,7 @@ Invariants
   has stopped growing for two passes of the event loop. There are no timers, so the batches depend
   on the order of the coroutines and on nothing else.
 * Each response is delivered with its last token, so that an environment works while others still
-  draw. A session that was answered and has not come back is away. While somebody is away, those
-  who wait join those who run as soon as they are no fewer; with nobody away they would all be in
-  step again after this batch, and wait for its end: a prefill in parts costs more than one.
+  draw; whoever asks while others run joins them at their next token, if the model's cache can.
 * A response depends on its ids, its sampling, its seed and the weights
   (:mod:`~agentdistill.engines.batch`), not on when it was asked for, up to rounding. Where
   environments run in threads their clocks decide who shares a forward, and so the rounding.
@@ -59,7 +57,7 @@ class HFEngine(Engine):
         reuse_kv: keep keys and values between the turns of a session.
         stop_ids: ids that end a response; by default the end-of-sequence ids of the tokenizer and
             of the model's generation settings.
-        budget: padded tokens in one forward; larger prefills and scorings take several.
+        budget: tokens in one forward, about; larger prefills and scorings take several.
 
     Raises:
         EngineError: the model's own logits differ from its head on its body's hidden states.
@@ -88,7 +86,6 @@ class HFEngine(Engine):
         self.stop_ids = frozenset(_end_ids(model, tokenizer) if stop_ids is None else stop_ids)
         self._decode_short = lru_cache(maxsize=1 << 14)(self._decode)
         self._waiting: deque[Request] = deque()
-        self._away: set[str] = set()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         with forward.evaluating(model.modules()):
@@ -133,7 +130,6 @@ class HFEngine(Engine):
         request = Request(prompt, sampling, seed, session, loop.create_future())
         if problem := self._problem(request):
             raise UnfitError(problem)
-        self._away.discard(session or "")
         self._waiting.append(request)
         if self._task is None or self._task.done() or self._task.get_loop() is not loop:
             self._task = loop.create_task(self._flush(loop))
@@ -163,13 +159,11 @@ class HFEngine(Engine):
 
     def release(self, session: str) -> None:
         """Forget the keys and values of ``session``."""
-        self._away.discard(session)
         self._kv.release(session)
 
     def publish(self, version: int) -> None:
         """The weights changed: what the old ones computed is dropped, responses start again."""
         super().publish(version)
-        self._away.clear()
         self._restart()
 
     async def close(self) -> None:
@@ -209,10 +203,9 @@ class HFEngine(Engine):
             length = len(self._waiting)
 
     def _admit(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Let those who wait join: where nobody runs, or as told at the top of this module."""
+        """Let those who wait join; beside others only where the cache can do it."""
         running = len(self._batch.rows)
-        room = min(len(self._waiting), self._max_batch - running)
-        if running and not (self._away and self._kv.joins and room >= running):
+        if running and not self._kv.joins:
             return
         fresh: list[Request] = []
         while self._waiting and len(fresh) + running < self._max_batch:
@@ -232,8 +225,6 @@ class HFEngine(Engine):
             request.fail("the model's probabilities are not finite")
         for request in ended:
             request.succeed(self._sample(request))
-            if request.session is not None:
-                self._away.add(request.session)
         self._batch.leave(ended)
         if broken:
             self._restart()

@@ -4,10 +4,10 @@ Invariants
 ----------
 * ``Slot.ids`` are exactly the tokens whose keys and values lie at the slot's positions 0, 1, 2, …
   Nothing else is ever written: padding leaves no dead tokens behind.
-* Key j is visible to a query at position p if and only if j <= p. Numbers beyond a slot's end are
-  weighed by zero, so they must be finite: buffers start as zeros and are dropped after any failure.
-* Slots in use are kept next to each other, so that a batch is usually a view of the buffers. Rows
-  of such a view that are not in the batch compute something that nobody reads or writes.
+* Numbers beyond a slot's end are weighed by zero, so they must be finite: buffers start as zeros
+  and are dropped after any failure.
+* Slots in use are kept next to each other, so that a batch is a few spans of the buffers
+  (:mod:`~agentdistill.engines.spans`).
 * A slot is free when no session owns it and nobody extends it: a session may be released, or asked
   again, while its last request still runs.
 * What cannot be kept correctly is computed again from the prompt
@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from agentdistill.engines.forward import Indices, dense_attention, fill, length_groups, within
+from agentdistill.engines import spans
+from agentdistill.engines.forward import Indices, within
 
 FIRST_SLOTS, FIRST_CAPACITY = 8, 64
 
@@ -73,28 +74,13 @@ class KV(ABC):
         """Forget everything."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Where one forward reads and writes.
-
-    ``rows``: slots of the batch, a view where possible; ``extent``: keys that are read; ``source``:
-    real tokens among the padded ones (None: all, in order), which go to ``places`` of ``slots``.
-    """
-
-    rows: slice | Tensor
-    extent: int
-    source: Tensor | None
-    slots: Tensor
-    places: Tensor
-
-
 class _Buffers(Cache):
     """The tensors of all slots, as the cache object that the model writes to."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.size = (FIRST_SLOTS, FIRST_CAPACITY)
-        self.plan: _Plan  # of the forward that runs
+        self.target: tuple[Tensor, Tensor]  # slot and place of each token of the forward that runs
         self._layers: list[list[Tensor]] = []
 
     def reserve(self, slots: int, capacity: int) -> None:
@@ -111,10 +97,15 @@ class _Buffers(Cache):
         for tensor in chain.from_iterable(self._layers):
             tensor[target, :, :length] = tensor[source, :, :length]
 
+    @property
+    def token_bytes(self) -> int:
+        """Of a token's keys and values in one layer; 0 before anything was written."""
+        return sum(t[0, :, 0].nbytes for t in self._layers[0]) if self._layers else 0
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [B, heads, n, dim]; return all that the batch may look at."""
+        """Write the keys and values [1, heads, T, dim] of all new tokens; return whole buffers."""
         if layer_idx == len(self._layers):
             self._layers.append([_room(key_states, self.size), _room(value_states, self.size)])
         layer = self._layers[layer_idx]
@@ -123,18 +114,8 @@ class _Buffers(Cache):
             if (len(old), old.shape[2]) != self.size:
                 layer[i] = _room(old, self.size)
                 layer[i][: len(old), :, : old.shape[2]] = old
-            self._write(layer[i], states)
-        return self._read(layer[0]), self._read(layer[1])
-
-    def _write(self, buffer: Tensor, new: Tensor) -> None:
-        tokens = new.transpose(1, 2).flatten(0, 1)
-        if self.plan.source is not None:
-            tokens = tokens.index_select(0, self.plan.source)
-        buffer.transpose(1, 2)[self.plan.slots, self.plan.places] = tokens
-
-    def _read(self, buffer: Tensor) -> Tensor:
-        part, rows = buffer[:, :, : self.plan.extent], self.plan.rows
-        return part[rows] if isinstance(rows, slice) else part.index_select(0, rows)
+            layer[i].transpose(1, 2)[self.target] = states[0].transpose(0, 1)
+        return layer[0], layer[1]
 
 
 class SlotKV(KV):
@@ -145,7 +126,7 @@ class SlotKV(KV):
         device: where it lives.
         max_slots: at most this many; the session used longest ago makes room.
         keep: whether sessions keep their slot after a batch.
-        budget: padded tokens of one forward; larger batches take several.
+        budget: new tokens of one forward, exceeded by less than a row; more take several.
     """
 
     joins = True
@@ -228,65 +209,54 @@ class SlotKV(KV):
         self._buffers.drop()
 
     def extend(self, slots: Sequence[Slot], chunks: Sequence[list[int]]) -> Tensor:
-        """One forward where lengths are alike; very uneven chunks go in a few, long to short."""
-        counts = np.fromiter(map(len, chunks), np.int64, len(chunks))
-        needed = max(len(slot.ids) + len(chunk) for slot, chunk in zip(slots, chunks, strict=True))
-        self._buffers.reserve(self._top, needed)
-        groups = length_groups(counts, budget=self._budget)
-        with dense_attention(self._decoder.config):
-            parts = [
-                self._forward([slots[i] for i in g], [chunks[i] for i in g], counts[g])
-                for g in groups
-            ]
-        order = self._tensor(np.argsort(np.concatenate(groups)))
-        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)[order]
+        """One forward for everybody, or a few where there are more tokens than the budget."""
+        index, start, counts = (
+            np.fromiter(values, np.int64, len(slots))
+            for values in (
+                (slot.index for slot in slots),
+                (len(slot.ids) for slot in slots),
+                map(len, chunks),
+            )
+        )
+        self._buffers.reserve(self._top, int((start + counts).max()))
+        share = (np.cumsum(counts) - counts) // self._budget
+        groups = np.split(np.arange(len(slots)), np.flatnonzero(np.diff(share)) + 1)
+        parts = [
+            self._forward([chunks[i] for i in g], index[g], start[g], counts[g]) for g in groups
+        ]
         for slot, chunk in zip(slots, chunks, strict=True):
             slot.ids += chunk
-        return hidden
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _forward(
-        self, slots: Sequence[Slot], chunks: Sequence[list[int]], counts: Indices
+        self, chunks: Sequence[list[int]], index: Indices, start: Indices, counts: Indices
     ) -> Tensor:
-        index = np.fromiter((slot.index for slot in slots), np.int64, len(slots))
-        start = np.fromiter((len(slot.ids) for slot in slots), np.int64, len(slots))
-        width = int(counts.max())
-        rows, place, height = _rows(index, width)
-        grid = height, width
-        extent, column = int((start + counts).max()), within(counts)
-        row = np.repeat(place, counts)
-        flat = np.fromiter(chain.from_iterable(chunks), np.int64, len(column))
-        targets = [np.repeat(index, counts), np.repeat(start, counts) + column]
-        if dense := len(flat) == height * width:
-            targets = [fill(row, column, values, grid).ravel() for values in targets]
-        starts, last = np.zeros(height, np.int64), np.zeros(height, np.int64)
-        starts[place], last[place] = start, counts - 1
-        # Padding repeats the last real position: models with learned positions have no later ones.
-        positions = starts[:, None] + np.minimum(np.arange(width), last[:, None])
-        self._buffers.plan = _Plan(
-            rows if isinstance(rows, slice) else self._tensor(rows),
-            extent,
-            None if dense else self._tensor(row * width + column),
-            *map(self._tensor, targets),
+        """Last hidden states [B, H] of one forward over the chunks, end to end."""
+        config, kernel = self._decoder.config, spans.kernel_of(self._decoder)
+        order, groups = spans.arrange(
+            index,
+            start,
+            counts,
+            token_bytes=self._buffers.token_bytes,
+            device=self._device,
+            additive=self._decoder.dtype if config._attn_implementation == "eager" else None,
         )
-        where = self._tensor(positions)
-        output = self._decoder(
-            input_ids=self._tensor(fill(row, column, flat, grid)),
-            # From an empty context the kernel's own causal mask is the same, and faster.
-            attention_mask=self._mask(where, extent) if start.any() else None,
-            position_ids=where,
-            past_key_values=self._buffers,
-            use_cache=True,
-        )
-        hidden: Tensor = output.last_hidden_state.flatten(0, 1)
-        return hidden[self._tensor(place * width + counts - 1)]
-
-    def _mask(self, positions: Tensor, extent: int) -> Tensor:
-        """[rows, 1, n, extent]: whether key j <= the query's position; eager attention adds it."""
-        visible = torch.arange(extent, device=self._device) <= positions[:, None, :, None]
-        if self._decoder.config._attn_implementation != "eager":
-            return visible
-        dtype = self._decoder.dtype
-        return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
+        lengths = counts[order]
+        ids = chain.from_iterable(chunks[i] for i in order.tolist())
+        flat = np.fromiter(ids, np.int64, int(lengths.sum()))
+        where = self._tensor(np.repeat(start[order], lengths) + within(lengths))
+        self._buffers.target = self._tensor(np.repeat(index[order], lengths)), where
+        with spans.attention(config, kernel, groups):
+            output = self._decoder(
+                input_ids=self._tensor(flat)[None],
+                position_ids=where[None],
+                past_key_values=self._buffers,
+                use_cache=True,
+            )
+        last = np.empty_like(order)
+        last[order] = np.cumsum(lengths) - 1
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden[self._tensor(last)]
 
     def _tensor(self, values: Indices) -> Tensor:
         return torch.from_numpy(values).to(self._device)
@@ -299,18 +269,6 @@ def shared(held: list[int], prompt: list[int]) -> int:
         return limit
     differ = np.asarray(held[:limit]) != np.asarray(prompt[:limit])
     return int(differ.argmax())
-
-
-def _rows(index: Indices, width: int) -> tuple[slice | Indices, Indices, int]:
-    """Rows of the buffers for slots ``index``, the place of each slot among them, their number.
-
-    A span is read as a view where the ``width`` tokens of each row that nobody needs are no more
-    than the rows that are needed: copying keys and values takes a read and a write of all of them.
-    """
-    low, height = int(index.min()), int(index.max()) - int(index.min()) + 1
-    if (height - len(index)) * width <= len(index):
-        return slice(low, low + height), index - low, height
-    return index, np.arange(len(index)), len(index)
 
 
 def _room(like: Tensor, size: tuple[int, int]) -> Tensor:

@@ -209,16 +209,6 @@ def test_prompt_learning_is_refused() -> None:
         forward.hidden_states(wrapped, [[1, 2]], [[1]])
 
 
-def test_kernels_without_masks_are_replaced_for_a_while() -> None:
-    """Flash attention takes no mask of its own: another kernel runs, and is undone on errors."""
-    config = LlamaConfig(**SHAPE)
-    config._attn_implementation = "flash_attention_2"
-    with pytest.raises(KeyError), forward.dense_attention(config):
-        assert config._attn_implementation == "sdpa"
-        raise KeyError
-    assert config._attn_implementation == "flash_attention_2"
-
-
 @given(
     lengths=st.lists(st.integers(1, 900), min_size=1, max_size=40),
     budget=st.one_of(st.none(), st.integers(1, 4000)),

@@ -27,7 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from agentdistill.engines import batch
+from agentdistill.engines import batch, spans
 from agentdistill.engines.base import Engine, Sample, Sampling, ScoreRequest
 from agentdistill.engines.hf import HFEngine
 from agentdistill.engines.kv import SlotKV
@@ -111,13 +111,13 @@ def plain_greedy(model: nn.Module, ids: Sequence[int], most: int) -> list[int]:
 
 
 @contextmanager
-def forwards(model: nn.Module) -> Iterator[list[tuple[int, ...]]]:
-    """Shapes of the ids of every forward of the body."""
-    shapes: list[tuple[int, ...]] = []
+def forwards(model: nn.Module) -> Iterator[list[int]]:
+    """Tokens, padding included, of every forward of the body."""
+    tokens: list[int] = []
     hook = model.get_decoder().register_forward_pre_hook(
-        lambda _m, _args, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+        lambda _m, _args, named: tokens.append(named["input_ids"].numel()), with_kwargs=True
     )
-    yield shapes
+    yield tokens
     hook.remove()
 
 
@@ -336,10 +336,10 @@ def test_waiting_requests_share_a_forward() -> None:
     """16 concurrent requests: one prefill, then one forward per further token."""
     model = build(KEPT["llama"]())
     tested = engine(model, stop_ids=[])
-    with forwards(model) as shapes:
+    with forwards(model) as ran:
         calls = (tested.generate(prompt(i, 4 + i % 3), GREEDY) for i in range(16))
         together(*calls)
-    assert shapes == [(16, 6), (16, 1), (16, 1)]
+    assert ran == [sum(4 + i % 3 for i in range(16)), 16, 16]
 
 
 @pytest.mark.parametrize("gap", [1, 2])
@@ -353,23 +353,23 @@ def test_requests_that_keep_coming_share_a_forward(gap: int) -> None:
             await asyncio.sleep(0)
         await tested.generate([passes, 1], Sampling(max_tokens=1))
 
-    with forwards(model) as shapes:
+    with forwards(model) as ran:
         together(*(late(gap * i) for i in range(8)))
-    assert shapes == [(8, 2)]
+    assert ran == [16]
 
 
 def test_rows_leave_the_batch_when_they_are_done() -> None:
-    """A view with the gaps (1, 2, 5 of 8), then copies (1, 5), then the longest one alone."""
+    """Three neighbours and nearly so (1, 2, 5 of 8), then two, then the longest one alone."""
     model = build(KEPT["llama"]())
     tested = engine(model, stop_ids=[])
     lengths = [1, 9, 2, 1, 1, 3, 1, 1]
     asked = [Sampling(temperature=0, max_tokens=n) for n in lengths]
-    with forwards(model) as shapes:
+    with forwards(model) as ran:
         samples = together(
             *(tested.generate(prompt(i, 5), s, session=str(i)) for i, s in enumerate(asked))
         )
     assert [s.usage.output for s in samples] == lengths
-    assert [rows for rows, _ in shapes] == [8, 5, 2, 1, 1, 1, 1, 1, 1]
+    assert ran == [40, 3, 2, 1, 1, 1, 1, 1, 1]
     for i, sample in enumerate(samples):
         assert list(sample.ids) == plain_greedy(model, prompt(i, 5), lengths[i])
 
@@ -405,18 +405,39 @@ def test_ends_of_another_tokenizer_are_not_taken_over() -> None:
     assert "every response runs to max_tokens" in note
 
 
-def test_uneven_prompts_are_prefilled_apart() -> None:
-    """One long prompt does not pad 20 short ones to its length."""
-    model = build(KEPT["gpt2"]())
+@pytest.mark.parametrize("call", [0, 1_000_000, 1 << 40])
+@pytest.mark.parametrize("family", KEPT)
+def test_uneven_chunks_are_read_without_padding(
+    family: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long prompt, short ones and answers that go on share a forward, however it is cut up."""
+    monkeypatch.setitem(spans.CALL_BYTES, "cpu", call)
+    model = build(KEPT[family]())
     tested = engine(model, stop_ids=[])
-    one = Sampling(temperature=0, max_tokens=1)
-    prompts = [prompt(i, 150 if i == 4 else 3) for i in range(21)]
-    with forwards(model) as shapes:
-        samples = together(*(tested.generate(ids, one) for ids in prompts))
-    # A second row beside the long one is cheaper than a third forward; its gap is in the view.
-    assert shapes == [(2, 150), (20, 3)]
+    prompts = [prompt(i, 140 if i == 4 else 3 + i % 2) for i in range(12)]
+
+    async def ask(number: int) -> Sample:
+        for _ in range(15 * (number % 3)):
+            await asyncio.sleep(0)
+        return await tested.generate(prompts[number], longer(9), session=f"{number}")
+
+    with forwards(model) as ran:
+        samples = together(*(ask(i) for i in range(12)))
+    assert sum(ran) == sum(map(len, prompts)) + 12 * 8
     for ids, sample in zip(prompts, samples, strict=True):
-        assert list(sample.ids) == plain_greedy(model, ids, 1)
+        plain = plain_greedy(model, ids, 9)  # ends with the end, where the engine goes on
+        assert len(sample.ids) == 9 and list(sample.ids)[: len(plain)] == plain
+
+
+def test_large_prefills_take_several_forwards() -> None:
+    """A forward begins with a row as long as what came before fits into the budget."""
+    model = build(KEPT["llama"]())
+    tested = engine(model, stop_ids=[], budget=64)
+    with forwards(model) as ran:
+        samples = together(*(tested.generate(prompt(i, 30), longer(2)) for i in range(5)))
+    assert ran == [90, 60, 5]
+    for i, sample in enumerate(samples):
+        assert list(sample.ids) == plain_greedy(model, prompt(i, 30), 2)
 
 
 def weights_change(tested: HFEngine, publish: Callable[[int], None]) -> tuple[Sample, list[int]]:
@@ -486,9 +507,9 @@ def test_release_forgets_and_others_move_up() -> None:
     tested.release("nobody")
     for name in prompts:
         prompts[name] = [*prompts[name], 3, 4]
-    with forwards(tested.model) as shapes:
+    with forwards(tested.model) as ran:
         left = turn("24678")
-        assert shapes == [(5, 2)]
+        assert ran == [10]
     for name, sample in zip("24678", left, strict=True):
         assert (sample.usage.input, sample.usage.cache_read) == (2, 6)
         assert list(sample.ids) == plain_greedy(tested.model, prompts[name], 1)
@@ -618,9 +639,9 @@ def test_a_cancelled_request_does_not_disturb() -> None:
         tasks[1].cancel()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    with forwards(tested.model) as shapes:
+    with forwards(tested.model) as ran:
         results = asyncio.run(run())
-    assert shapes[0] == (3, 2)
+    assert ran[0] == 6
     assert isinstance(results[1], asyncio.CancelledError)
     for i in (0, 2, 3):
         assert list(results[i].ids) == plain_greedy(tested.model, [i, 1], 3)
@@ -638,9 +659,9 @@ def test_an_interrupted_loop_leaves_the_engine_usable() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(interrupted())
-    with forwards(tested.model) as shapes:
+    with forwards(tested.model) as ran:
         (sample,) = together(tested.generate([3, 4], GREEDY))
-    assert [rows for rows, _ in shapes] == [1, 1, 1]
+    assert ran == [2, 1, 1]
     assert list(sample.ids) == plain_greedy(tested.model, [3, 4], 3)
 
 
@@ -651,10 +672,10 @@ def test_a_loop_that_was_closed_under_way_leaves_the_engine_usable() -> None:
     lost = loop.create_task(tested.generate([1, 2], GREEDY))
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
-    with forwards(tested.model) as shapes:
+    with forwards(tested.model) as ran:
         (sample,) = together(tested.generate([3, 4], GREEDY))
     lost._log_destroy_pending = False  # type: ignore[attr-defined]  # that is the point here
-    assert not lost.done() and [rows for rows, _ in shapes] == [1, 1, 1]
+    assert not lost.done() and ran == [2, 1, 1]
     assert list(sample.ids) == plain_greedy(tested.model, [3, 4], 3)
 
 
@@ -663,9 +684,9 @@ def longer(tokens: int) -> Sampling:
     return Sampling(temperature=0, max_tokens=tokens)
 
 
-async def drawn(shapes: Sequence[object], count: int) -> None:
+async def drawn(ran: Sequence[object], count: int) -> None:
     """Wait until ``count`` forwards were made."""
-    while len(shapes) < count:
+    while len(ran) < count:
         await asyncio.sleep(0)
 
 
@@ -678,12 +699,12 @@ def test_a_response_comes_with_its_last_token(family: str) -> None:
 
     async def ask(number: int, tokens: int) -> Sample:
         sample = await tested.generate(prompt(number, 5), longer(tokens), session=str(number))
-        seen[tokens] = len(shapes)
+        seen[tokens] = len(ran)
         return sample
 
-    with forwards(model) as shapes:
+    with forwards(model) as ran:
         samples = together(ask(1, 3), ask(2, 9), ask(3, 1))
-    assert seen == {1: 1, 3: 3, 9: 9} and len(shapes) == 9
+    assert seen == {1: 1, 3: 3, 9: 9} and len(ran) == 9
     for number, tokens, sample in zip((1, 2, 3), (3, 9, 1), samples, strict=True):
         assert list(sample.ids) == plain_greedy(model, prompt(number, 5), tokens)
 
@@ -697,23 +718,23 @@ def test_whoever_was_away_joins_those_who_still_draw() -> None:
     async def returns() -> tuple[list[int], Sample]:
         answer = await tested.generate(first, longer(1), session="a")
         again = [*first, *answer.ids, 5, 6]
-        await drawn(shapes, 3)
+        await drawn(ran, 3)
         return again, await tested.generate(again, longer(2), session="a")
 
     async def gone() -> None:
         await tested.generate(prompt(3, 6), longer(1), session="gone")
 
-    with forwards(model) as shapes:
+    with forwards(model) as ran:
         stay = tested.generate(other, longer(12), session="b")
         (again, back), _, stays = together(returns(), gone(), stay)
     assert list(stays.ids) == plain_greedy(model, other, 12)
     assert list(back.ids) == plain_greedy(model, again, 2) and back.usage.cache_read == 6
-    assert len(shapes) == 12, "a batch of its own would have taken two forwards more"
-    assert max(columns for _, columns in shapes[1:]) == 3
+    assert len(ran) == 12, "a batch of its own would have taken two forwards more"
+    assert max(ran[1:]) == 4
 
 
-def test_sessions_in_step_stay_in_step() -> None:
-    """Nobody is away, so that each turn is one prefill: a prefill in parts costs more."""
+def test_nobody_waits_for_the_answers_of_others() -> None:
+    """As many forwards as the longest of eight episodes has tokens."""
     model = build(KEPT["llama"]())
     tested = engine(model, stop_ids=[])
 
@@ -726,10 +747,9 @@ def test_sessions_in_step_stay_in_step() -> None:
             ids = [*ids, *sample.ids, 7, 8]
         tested.release(f"{number}")
 
-    with forwards(model) as shapes:
+    with forwards(model) as ran:
         together(*(play(i) for i in range(8)))
-    assert [rows for rows, columns in shapes if columns > 1] == [8, 8, 8]
-    assert len(shapes) == 12
+    assert len(ran) == 2 + 3 + 4
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "mistral"])
@@ -802,12 +822,12 @@ def test_samples_do_not_depend_on_when_they_were_asked() -> None:
                 ids = [*ids, *sample.ids, number, turn]
             return answers
 
-        with forwards(model) as shapes:
+        with forwards(model) as ran:
             answers = together(*(one(i) for i in range(9)))
-        batches.append(shapes)
+        batches.append(ran)
         return answers
 
-    batches: list[list[tuple[int, ...]]] = []
+    batches: list[list[int]] = []
     assert play(0) == play(3) == play(7)
     assert batches[0] != batches[1] != batches[2]
 
@@ -821,13 +841,13 @@ def test_a_row_that_is_cancelled_leaves_its_batch() -> None:
             asyncio.ensure_future(tested.generate([i, 1], longer(6), session=str(i)))
             for i in range(3)
         ]
-        await drawn(shapes, 2)
+        await drawn(ran, 2)
         tasks[2].cancel()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    with forwards(tested.model) as shapes:
+    with forwards(tested.model) as ran:
         *answers, cancelled = asyncio.run(run())
-    assert [rows for rows, _ in shapes][:2] == [3, 3] and shapes[3:] == [(2, 1)] * 3
+    assert ran[:2] == [6, 3] and ran[3:] == [2, 2, 2]
     assert isinstance(cancelled, asyncio.CancelledError)
     for i, answer in enumerate(answers):
         assert list(answer.ids) == plain_greedy(tested.model, [i, 1], 6)
@@ -835,7 +855,7 @@ def test_a_row_that_is_cancelled_leaves_its_batch() -> None:
 
 def test_an_error_leaves_what_was_delivered_and_who_waits() -> None:
     """Forward 3 fails: the one that ended before has its sample, the one that waits gets it."""
-    tested = engine(max_batch=3, stop_ids=[])
+    tested = engine(max_batch=2, stop_ids=[])
     model, calls = tested.model, []
 
     def explode(_module: nn.Module, _inputs: object) -> None:
@@ -867,10 +887,10 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
     calls: list[int] = []
 
     def poison(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
-        calls.append(len(output))
+        calls.append(output.shape[1])
         if len(calls) == 3:
             output = output.clone()
-            output[1] = float("nan")
+            output[0, 1] = float("nan")
         return output
 
     hook = tested.model.model.norm.register_forward_hook(poison)
@@ -878,7 +898,7 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
     first, second, third = together(*(tested.generate(ids, longer(5)) for ids in asked))
     hook.remove()
     assert isinstance(second, EngineError) and "not finite" in str(second)
-    assert calls == [3, 3, 3, 2, 2, 2, 2, 2]
+    assert calls == [15, 3, 3, 10, 2, 2, 2, 2]
     for sample, ids in ((first, asked[0]), (third, asked[2])):
         assert list(sample.ids) == plain_greedy(tested.model, ids, 5)
 
@@ -891,12 +911,12 @@ def test_new_weights_under_way_start_responses_again() -> None:
 
     async def run() -> Sample:
         task = asyncio.ensure_future(tested.generate([1, 2, 3], sampling, seed=4, session="a"))
-        await drawn(shapes, 3)
+        await drawn(ran, 3)
         tested.model.load_state_dict(new.model.state_dict())
         tested.publish(5)
         return await task
 
-    with forwards(tested.model) as shapes:
+    with forwards(tested.model) as ran:
         sample = asyncio.run(run())
     assert (sample.version, sample.ids) == (5, wanted.ids)
     assert sample.logp == pytest.approx(wanted.logp, abs=1e-4)
@@ -909,17 +929,17 @@ def test_an_interrupt_under_way_leaves_the_engine_usable() -> None:
 
     async def interrupted() -> None:
         lost.append(asyncio.ensure_future(tested.generate([1, 2], longer(9), session="a")))
-        await drawn(shapes, 3)
+        await drawn(ran, 3)
         raise KeyboardInterrupt
 
     lost: list[asyncio.Future[Sample]] = []
-    with forwards(tested.model) as shapes:
+    with forwards(tested.model) as ran:
         with pytest.raises(KeyboardInterrupt):
             asyncio.run(interrupted())
         assert lost[0].cancelled()
-        shapes.clear()
+        ran.clear()
         (sample,) = together(tested.generate([3, 4], GREEDY, session="a"))
-    assert [rows for rows, _ in shapes] == [1, 1, 1]
+    assert ran == [2, 1, 1]
     assert list(sample.ids) == plain_greedy(tested.model, [3, 4], 3)
 
 
@@ -928,13 +948,13 @@ def test_a_loop_that_was_closed_between_two_tokens_leaves_the_engine_usable() ->
     tested = engine(stop_ids=[])
     loop = asyncio.new_event_loop()
     lost = loop.create_task(tested.generate([1, 2], longer(9), session="a"))
-    with forwards(tested.model) as shapes:
-        loop.run_until_complete(drawn(shapes, 2))
+    with forwards(tested.model) as ran:
+        loop.run_until_complete(drawn(ran, 2))
         loop.close()
-        shapes.clear()
+        ran.clear()
         samples = together(*(tested.generate([i, 4], GREEDY, session="a") for i in (3, 5)))
     lost._log_destroy_pending = False  # type: ignore[attr-defined]  # that is the point here
-    assert not lost.done() and [rows for rows, _ in shapes] == [2, 2, 2]
+    assert not lost.done() and ran == [4, 2, 2]
     for i, sample in zip((3, 5), samples, strict=True):
         assert list(sample.ids) == plain_greedy(tested.model, [i, 4], 3)
 
@@ -945,14 +965,14 @@ def test_closing_under_way_tells_those_who_run() -> None:
 
     async def run() -> list[Any]:
         tasks = [asyncio.ensure_future(tested.generate([i, 2], longer(9))) for i in (1, 2)]
-        await drawn(shapes, 2)
+        await drawn(ran, 2)
         await tested.close()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    with forwards(tested.model) as shapes:
+    with forwards(tested.model) as ran:
         for error in asyncio.run(run()):
             assert isinstance(error, EngineError) and "closed" in str(error)
-    assert len(shapes) == 2
+    assert len(ran) == 2
 
 
 def test_the_module_is_left_as_it_was() -> None:
