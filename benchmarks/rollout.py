@@ -16,8 +16,8 @@ Invariants
   episodes, which is checked on every sampled id, and once more with greedy choice.
 * Prompts, parsing and records are those of :func:`agentdistill.rollout.rollout` for everybody.
 * A slow environment sleeps in each step. What no schedule of the same work could beat is
-  ``ideal = max(model, wait + alone)``: the seconds of the same episodes without any sleep, in the
-  largest batches; and those of the longest chain, the sleeps of one episode plus the episode with
+  ``ideal = max(model, wait + alone)``: the seconds of the same episodes without any sleep, in
+  batches as full as they get; and those of the longest chain, the sleeps of one episode plus the episode with
   most tokens played alone without sleep. ``overlap = ideal / actual``, each the best of a few
   rounds in turns, since a neighbour on the machine can only add to any of them.
 """
@@ -94,6 +94,7 @@ FAST, GREEDY = (("fast",), CONTENDERS, 2), (("greedy",), CONTENDERS, 1)
 SMALL = (Size("small", {}, 4, 1, 3, 10, 4, 0.02, ALL_AT_ONCE),)
 FULL = (
     Size("0.14M", parts=(FAST, (("slow",), CONTENDERS, 1), GREEDY)),
+    Size("0.14M, 128 at once", episodes=128, parts=((("slow",), ("ours",), 1),)),
     Size("2M", TWO_MILLION, parts=(FAST, (("slow",), ("ours", "generate"), 1), GREEDY)),
 )
 
