@@ -17,9 +17,9 @@ Invariants
 * Prompts, parsing and records are those of :func:`agentdistill.rollout.rollout` for everybody.
 * A slow environment sleeps in each step. What no schedule of the same work could beat is
   ``ideal = max(model, wait + alone)``: the seconds of the same episodes without any sleep, in
-  batches as full as they get; and those of the longest chain, the sleeps of one episode plus the episode with
-  most tokens played alone without sleep. ``overlap = ideal / actual``, each the best of a few
-  rounds in turns, since a neighbour on the machine can only add to any of them.
+  batches as full as they get; and those of the longest chain, the sleeps of one episode plus the
+  episode with most tokens played alone without sleep. ``overlap = ideal / actual``, each the best
+  of a few rounds in turns, since a neighbour on the machine can only add to any of them.
 """
 
 from __future__ import annotations
