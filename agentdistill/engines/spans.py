@@ -183,16 +183,16 @@ def _group(
     lows = index[:1].tolist() + index[1:][far].tolist()
     shape = borders[-1], width
     grid = picks = mask = None
-    if not (dense := total == shape[0] * width):
+    if total < shape[0] * width:
         row, column = np.repeat(place, counts), within(counts)
         grid = torch.from_numpy(fill(row, column, np.arange(total), shape).ravel()).to(device)
         picks = torch.from_numpy(row * width + column).to(device)
-    whole = width == 1 and dense and int(start.min()) == int(start.max())
+    whole = width == 1 and int(start.min()) == int(start.max())
     if not whole and (additive is not None or start.any()):
-        starts, last = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64)
-        starts[place], last[place] = start, counts - 1
-        positions = starts[:, None] + np.minimum(np.arange(width), last[:, None])
-        mask = _mask(torch.from_numpy(positions).to(device), extent, additive)
+        starts = np.zeros(shape[0], np.int64)
+        starts[place] = start
+        positions = torch.from_numpy(starts[:, None] + np.arange(width))
+        mask = _mask(positions.to(device), extent, additive)
     spans = []
     for low, begin, end in zip(lows, borders[:-1], borders[1:], strict=True):
         rows = slice(begin, end)
