@@ -232,21 +232,15 @@ class SlotKV(KV):
         self, chunks: Sequence[list[int]], index: Indices, start: Indices, counts: Indices
     ) -> Tensor:
         """Last hidden states [B, H] of one forward over the chunks, end to end."""
-        config, kernel = self._decoder.config, spans.kernel_of(self._decoder)
-        order, groups = spans.arrange(
-            index,
-            start,
-            counts,
-            token_bytes=self._buffers.token_bytes,
-            device=self._device,
-            additive=self._decoder.dtype if config._attn_implementation == "eager" else None,
-        )
+        kernel, additive = spans.kernel_of(self._decoder)
+        kept = spans.Kept(self._device, self._buffers.token_bytes, additive)
+        order, groups = spans.arrange(index, start, counts, kept)
         lengths = counts[order]
         ids = chain.from_iterable(chunks[i] for i in order.tolist())
         flat = np.fromiter(ids, np.int64, int(lengths.sum()))
         where = self._tensor(np.repeat(start[order], lengths) + within(lengths))
         self._buffers.target = self._tensor(np.repeat(index[order], lengths)), where
-        with spans.attention(config, kernel, groups):
+        with spans.attention(self._decoder.config, kernel, groups):
             output = self._decoder(
                 input_ids=self._tensor(flat)[None],
                 position_ids=where[None],

@@ -43,7 +43,8 @@ QUERIES_PER_READ = 16
 """The arithmetic of so many queries takes about as long as reading keys and values once."""
 
 CALL_BYTES = {"cpu": 1_000_000, "cuda": 64_000_000}
-"""Of keys and values that are read while a call of attention is prepared."""
+"""Of keys and values that are read while a call of attention is prepared: estimates, which decide
+speed only. That of a GPU was never measured; other devices take it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +92,20 @@ def attention(config: Any, kernel: Kernel, groups: Sequence[Group]) -> Iterator[
         _RUNNING.reset(token)
 
 
-def kernel_of(decoder: Any) -> Kernel:
-    """The attention function of a model's body: its own eager one, or scaled dot products.
+def kernel_of(decoder: Any) -> tuple[Kernel, torch.dtype | None]:
+    """The attention function of a model's body, and the type of masks if it adds them.
+
+    It is the model's own eager one, or scaled dot products, whose masks say what is visible.
 
     Raises:
         EngineError: the model's attention is not made to be replaced.
     """
     if decoder.config._attn_implementation != "eager":
-        return AttentionInterface()["sdpa"]  # type: ignore[no-any-return, no-untyped-call]
+        return AttentionInterface()["sdpa"], None  # type: ignore[no-untyped-call]
     own = getattr(sys.modules[type(decoder).__module__], "eager_attention_forward", None)
     if own is None:
         raise EngineError("its attention cannot be replaced")
-    return own  # type: ignore[no-any-return]
+    return own, decoder.dtype
 
 
 def _attend(
@@ -132,14 +135,23 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Keys and values that a forward attends to.
+
+    Attributes:
+        device: where they are.
+        token_bytes: of a token's keys and values in one layer.
+        additive: type of the masks, see :func:`kernel_of`.
+    """
+
+    device: torch.device
+    token_bytes: int
+    additive: torch.dtype | None
+
+
 def arrange(
-    index: Indices,
-    start: Indices,
-    counts: Indices,
-    *,
-    token_bytes: int,
-    device: torch.device,
-    additive: torch.dtype | None,
+    index: Indices, start: Indices, counts: Indices, kept: Kept
 ) -> tuple[Indices, list[Group]]:
     """In which order the rows of a forward go, and what attention computes for them.
 
@@ -147,9 +159,7 @@ def arrange(
         index: slot of each row.
         start: tokens that its slot holds.
         counts: new tokens, at least one.
-        token_bytes: of a token's keys and values in one layer.
-        device: where they are.
-        additive: of masks for a kernel that adds them (None: they say what is visible).
+        kept: what is attended to.
 
     Returns:
         Row numbers in order, and groups.
@@ -157,25 +167,18 @@ def arrange(
     order, groups, first = [], [], 0
     for alike in length_groups(counts, spare=SPARE_QUERIES, part=4):
         rows = alike[np.argsort(index[alike])]
-        group = _group(first, index[rows], start[rows], counts[rows], token_bytes, device, additive)
+        group = _group(first, index[rows], start[rows], counts[rows], kept)
         order.append(rows)
         groups.append(group)
         first = group.tokens.stop
     return np.concatenate(order), groups
 
 
-def _group(
-    first: int,
-    index: Indices,
-    start: Indices,
-    counts: Indices,
-    token_bytes: int,
-    device: torch.device,
-    additive: torch.dtype | None,
-) -> Group:
+def _group(first: int, index: Indices, start: Indices, counts: Indices, kept: Kept) -> Group:
     """The group of rows whose tokens begin at ``first``, in the order of their slots."""
+    device, additive = kept.device, kept.additive
     width, total, extent = int(counts.max()), int(counts.sum()), int((start + counts).max())
-    reads = token_bytes * extent * (1 + width / QUERIES_PER_READ)
+    reads = kept.token_bytes * extent * (1 + width / QUERIES_PER_READ)
     between = np.diff(index) - 1
     far = between * reads > CALL_BYTES.get(device.type, CALL_BYTES["cuda"])
     place = np.concatenate([[0], np.cumsum(np.where(far, 1, between + 1))])

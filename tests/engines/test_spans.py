@@ -53,18 +53,12 @@ def test_every_row_attends_to_its_own_past(
     start, counts = np.array([rows[name] for name in names]).T
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(spans.CALL_BYTES, "cpu", call)
-        places, groups = spans.arrange(
-            index,
-            start,
-            counts,
-            token_bytes=2 * HEADS * DIM * 4,
-            device=torch.device("cpu"),
-            additive=additive,
-        )
+        kept = spans.Kept(torch.device("cpu"), 2 * HEADS * DIM * 4, additive)
+        places, groups = spans.arrange(index, start, counts, kept)
     generator = torch.Generator().manual_seed(len(names))
     key, value = torch.randn(2, 31, HEADS, CAPACITY, DIM, generator=generator)
     query = torch.randn(1, HEADS, int(counts.sum()), DIM, generator=generator)
-    kernel = eager if additive else spans.kernel_of(SimpleNamespace(config=CONFIG))
+    kernel = eager if additive else spans.kernel_of(SimpleNamespace(config=CONFIG))[0]
     with spans.attention(CONFIG, kernel, groups):
         assert CONFIG._attn_implementation == spans.NAME
         found, _ = spans._attend(MODULE, query, key, value, None)
@@ -83,15 +77,9 @@ def test_every_row_attends_to_its_own_past(
 def test_neighbours_share_a_call_and_far_ones_do_not() -> None:
     """Two slots between cost more than a call, one does not; an answer and a prompt are unlike."""
     index, start = np.array([3, 0, 2, 6, 9]), np.array([10, 10, 10, 10, 0])
-    arranged = spans.arrange(
-        index,
-        start,
-        np.array([1, 1, 1, 1, 64]),
-        token_bytes=int(0.8 * spans.CALL_BYTES["cpu"] / 11),
-        device=torch.device("cpu"),
-        additive=None,
-    )
-    order, (prompt, answers) = arranged
+    kept = spans.Kept(torch.device("cpu"), int(0.8 * spans.CALL_BYTES["cpu"] / 11), None)
+    counts = np.array([1, 1, 1, 1, 64])
+    order, (prompt, answers) = spans.arrange(index, start, counts, kept)
     assert order.tolist() == [4, 1, 2, 0, 3]
     assert [part[1] for part in prompt.spans] == [slice(9, 10)]
     assert prompt.spans[0][2] is None and prompt.grid is None
