@@ -57,7 +57,7 @@ class HFEngine(Engine):
         reuse_kv: keep keys and values between the turns of a session.
         stop_ids: ids that end a response; by default the end-of-sequence ids of the tokenizer and
             of the model's generation settings.
-        budget: tokens in one forward, about; larger prefills and scorings take several.
+        budget: padded tokens in one forward; larger prefills and scorings take several.
 
     Raises:
         EngineError: the model's own logits differ from its head on its body's hidden states.

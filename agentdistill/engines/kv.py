@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import Cache
 
 from agentdistill.engines import spans
-from agentdistill.engines.forward import Indices, within
+from agentdistill.engines.forward import Indices, length_groups, within
 
 FIRST_SLOTS, FIRST_CAPACITY = 8, 64
 
@@ -126,7 +126,7 @@ class SlotKV(KV):
         device: where it lives.
         max_slots: at most this many; the session used longest ago makes room.
         keep: whether sessions keep their slot after a batch.
-        budget: new tokens of one forward, exceeded by less than a row; more take several.
+        budget: padded tokens of one forward; larger batches take several.
     """
 
     joins = True
@@ -209,7 +209,7 @@ class SlotKV(KV):
         self._buffers.drop()
 
     def extend(self, slots: Sequence[Slot], chunks: Sequence[list[int]]) -> Tensor:
-        """One forward for everybody, or a few where there are more tokens than the budget."""
+        """One forward for everybody; several, long to short, where the budget would not hold."""
         index, start, counts = (
             np.fromiter(values, np.int64, len(slots))
             for values in (
@@ -219,14 +219,15 @@ class SlotKV(KV):
             )
         )
         self._buffers.reserve(self._top, int((start + counts).max()))
-        share = (np.cumsum(counts) - counts) // self._budget
-        groups = np.split(np.arange(len(slots)), np.flatnonzero(np.diff(share)) + 1)
+        groups = length_groups(counts, spare=self._budget, budget=self._budget)
         parts = [
             self._forward([chunks[i] for i in g], index[g], start[g], counts[g]) for g in groups
         ]
         for slot, chunk in zip(slots, chunks, strict=True):
             slot.ids += chunk
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)[self._tensor(np.argsort(np.concatenate(groups)))]
 
     def _forward(
         self, chunks: Sequence[list[int]], index: Indices, start: Indices, counts: Indices
